@@ -1,0 +1,54 @@
+# The front door. Each target is a thin call of `.venv/bin/python -m jobs <verb>`; options travel as exported variables:
+#   make submit RECIPE=unic-b SET="data.source=s3://bucket/images train.batch=1024"
+# make itself ends with 2 whenever a command fails and names that command's own code: 2 wrong input, 3 not ready,
+# 75 preempted, 1 failed.
+SHELL := /bin/sh
+PYTHON ?= python3
+OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS SRC DST SHORT_SIDE TAIL PYTHON
+VERBS := recipes plan doctor submit status logs cancel resume shards features eval export report gc image manifests bench
+
+# Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
+$(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
+export $(OPTIONS)
+
+.PHONY: help setup demo test test-fast lint $(VERBS)
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z -]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 36
+
+setup:  ## the virtual environment from the lock file, when it is missing or stale
+	@"$$PYTHON" jobs/bootstrap.py
+
+demo:  ## the whole journey on this machine, in minutes
+	@"$$PYTHON" jobs/bootstrap.py demo
+	@.venv/bin/python -m jobs demo
+
+test: setup  ## the whole test suite
+	@.venv/bin/python -m pytest
+
+test-fast: setup  ## the tests that need no server and no whole run
+	@.venv/bin/python -m pytest --ignore tests/system
+
+lint: setup  ## ruff and mypy
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+$(VERBS): setup
+	@.venv/bin/python -m jobs $@
+
+# What the verbs above do, for `make help`:
+recipes:  ## table of recipes
+plan:  ## what a recipe costs: RECIPE= [GPU=h100 GPUS=8] [PROFILE=] [SET=]
+doctor:  ## check this machine [and a recipe's inputs: RECIPE=]
+submit:  ## start or resume a recipe: RECIPE= [SET="a.b=c ..."] [PROFILE=smoke] [DRY=1] [FRESH=1] [DETACH=1]
+status:  ## all runs [or one: RUN=]
+logs:  ## what the ranks of a run wrote: RUN= [TAIL=20]
+cancel:  ## stop a run: RUN=
+resume:  ## go on from the newest checkpoint: RUN=
+shards:  ## rewrite a data set into indexed shards: SRC= DST= [SHORT_SIDE=256]
+eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
+export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
+report:  ## write a run's report: RUN=
+features gc image manifests:  ## not built yet
+bench:  ## throughput and overheads on this machine

@@ -1,0 +1,1 @@
+"""Tensors and bytes: everything a run computes and stores. Knows no scheduler."""

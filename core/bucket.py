@@ -1,0 +1,209 @@
+"""The bucket side of `core.storage`: any S3-compatible server through botocore.
+
+Relies on what all such servers have: whole and ranged GET, PUT with `If-None-Match: *`, multipart upload, listing by
+version 2 and single DELETE; on no server-side checksum and no other condition. `open_store` imports it on demand.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError, ResponseStreamingError
+from s3transfer.manager import TransferConfig, TransferManager
+
+from core.bucket_client import EXPIRED, Link, S3Options, code_of, explained, status_of
+from core.storage import (
+    Entry,
+    MissingObject,
+    Store,
+    StoreError,
+    check_key,
+    check_prefix,
+    check_range,
+    local_errors,
+    publish,
+)
+
+T = TypeVar("T")
+# Worth a new try though botocore gives up: a body that broke off, a race without a verdict, an upload completed twice.
+AGAIN = {"ResponseStreamingError", "IncompleteReadError", "ConditionalRequestConflict", "OperationAborted",
+         "NoSuchUpload"}  # fmt: skip
+PAUSE_S = 0.5  # before the first new try; doubled for each further one
+
+
+class _Part(NamedTuple):
+    data: bytes
+    total: int  # bytes of the whole object
+    etag: str
+
+
+class S3Store(Store):
+    """Objects below a prefix of a bucket."""
+
+    def __init__(self, uri: str, options: S3Options = S3Options()) -> None:  # noqa: B008 (frozen)
+        self.bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+        self.prefix = prefix and check_key(prefix, "prefix") + "/"
+        self.uri = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        self.options = options
+        self._link = Link(options)
+
+    def put(self, key: str, data: bytes) -> None:
+        target = self._target(key)
+        self._run(key, lambda client: client.put_object(**target, Body=data))
+
+    def put_file(self, key: str, path: Path) -> None:
+        name, part = self._target(key)["Key"], self.options.part_bytes
+        config = TransferConfig(part, part, max_request_concurrency=self.options.threads)
+
+        def upload(client: Any) -> None:
+            with TransferManager(client, config) as manager:
+                manager.upload(str(path), self.bucket, name).result()
+
+        self._run(key, upload)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        target = self._target(key)
+        writer = {"writer": uuid.uuid4().hex}  # tells a repeated request of this call from anybody else's
+
+        def create(client: Any) -> bool:
+            try:
+                client.put_object(**target, Body=data, IfNoneMatch="*", Metadata=writer)
+            except ClientError as error:
+                if code_of(error) != "PreconditionFailed":
+                    raise
+                return _metadata(client, target) == writer
+            return True
+
+        return self._run(key, create)
+
+    def get(self, key: str) -> bytes:
+        return self._fetch(key).data
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        check_range(start, size)
+        return self._fetch(key, start, max(size, 1)).data[:size]
+
+    def get_file(self, key: str, path: Path) -> None:
+        with local_errors(str(path)):
+            publish(path, lambda file: self._download(key, file))
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._fetch(key, 0, 1).total  # unlike HEAD's, the answer says what is wrong: key, bucket or rights
+        except MissingObject:
+            return None
+
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
+        query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + check_prefix(prefix)}
+        query |= {"MaxKeys": self.options.page} | ({"StartAfter": self.prefix + after} if after else {})
+        while True:
+            page = self._run(prefix, lambda client: client.list_objects_v2(**query))
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # the folder mark of some console
+                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            query["ContinuationToken"] = page["NextContinuationToken"]
+
+    def delete(self, *keys: str) -> None:
+        targets = [self._target(key) for key in keys]
+
+        def remove(key: str, target: dict[str, str]) -> None:
+            self._run(key, lambda client: client.delete_object(**target))
+
+        with ThreadPoolExecutor(self.options.threads) as pool:
+            list(pool.map(remove, keys, targets))
+
+    def sub(self, prefix: str) -> S3Store:
+        store = S3Store(f"{self.uri}/{check_key(prefix.rstrip('/'), 'prefix')}", self.options)
+        store._link = self._link
+        return store
+
+    def _target(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
+
+    def _fetch(self, key: str, start: int = 0, size: int | None = None) -> _Part:
+        query = self._target(key) | ({} if size is None else {"Range": f"bytes={start}-{start + size - 1}"})
+
+        def fetch(client: Any) -> _Part:
+            try:
+                answer = client.get_object(**query)
+            except ClientError as error:
+                if code_of(error) != "InvalidRange":
+                    raise
+                return _Part(b"", 0, "")  # the range starts behind the end
+            data, span = _body(answer), answer.get("ContentRange")
+            total = int(span.rpartition("/")[2]) if span else len(data)
+            return _Part(data if span or size is None else data[start : start + size], total, answer["ETag"])
+
+        return self._run(key, fetch)
+
+    def _download(self, key: str, file: BinaryIO) -> None:
+        part = self.options.part_bytes
+
+        def copy(start: int) -> str:
+            piece = self._fetch(key, start, part)
+            _write_at(file, start, piece.data)
+            return piece.etag
+
+        for _ in range(self.options.attempts):
+            first = self._fetch(key, 0, part)
+            _write_at(file, 0, first.data)
+            with ThreadPoolExecutor(self.options.threads) as pool:
+                if set(pool.map(copy, range(part, first.total, part))) <= {first.etag}:
+                    return
+            file.truncate(0)
+        raise StoreError(f"{self.uri}/{key} changed each time while it was read: stop its writer, then read again")
+
+    def _run(self, key: str, action: Callable[[Any], T]) -> T:
+        """`action` with this process's client; what botocore has not ridden out becomes one of the store's errors."""
+        error: Exception
+        renewed = False
+        for attempt in range(self.options.attempts):
+            try:
+                return action(self._link.client())
+            except (BotoCoreError, ClientError) as caught:
+                error = caught
+            except RuntimeError as caught:  # how botocore says that refreshed credentials are old ones
+                if "still expired" not in str(caught):
+                    raise
+                error = caught
+            if code_of(error) in EXPIRED and not renewed:
+                renewed = True
+                self._link.reset()  # a credentials file renewed by somebody is read again
+            elif code_of(error) in AGAIN:
+                time.sleep(random.uniform(0, PAUSE_S * 2**attempt))
+            else:
+                break
+        # Raised outside the handler: botocore's own errors, which may quote a request, do not hang on ours.
+        raise explained(error, f"{self.uri}/{key}", self._link.host(), self.options.attempts)
+
+
+def _metadata(client: Any, target: dict[str, str]) -> dict[str, str]:
+    try:
+        return dict(client.head_object(**target)["Metadata"])
+    except ClientError as error:
+        if status_of(error) != 404:
+            raise
+        return {}
+
+
+def _body(answer: dict[str, Any]) -> bytes:
+    try:
+        return bytes(answer["Body"].read())
+    except ReadTimeoutError as error:  # told apart from a request that botocore has repeated already
+        raise ResponseStreamingError(error=error) from error
+
+
+def _write_at(file: BinaryIO, start: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file.fileno(), view, start)
+        view, start = view[written:], start + written

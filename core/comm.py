@@ -1,0 +1,71 @@
+"""What ranks exchange beside gradients: per-micro-batch statistics, log values, the wish to stop."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm:
+    """The ranks of a run; every call works, and does nothing, with one rank and no process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self.device = device
+        self.rank: int = dist.get_rank() if ready else 0
+        self.world: int = dist.get_world_size() if ready else 1
+
+    def gather(self, local: Tensor) -> Tensor:
+        """(m, ...) on every rank -> (world * m, ...), rank by rank: the canonical order of micro-batches."""
+        if self.world == 1:
+            return local
+        out = local.new_empty(self.world * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(out, local.contiguous())
+        return out
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+class StopFlag:
+    """Any rank's wish to stop, known to all ranks one step later without a device synchronisation.
+
+    The flag travels by an asynchronous all-reduce of a CPU tensor on its own gloo group: started at step n, read at
+    n+1, so that all ranks leave the loop at the same step boundary.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._group = dist.new_group(backend="gloo") if comm.world > 1 else None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def exchange(self, wish: bool) -> bool:
+        """Offer this rank's wish; returns whether any rank wished to stop at the previous call."""
+        if self._group is None:
+            return wish
+        stop = False
+        if self._work is not None:
+            self._work.wait()
+            stop = bool(self._flag.numpy()[0])
+        self._flag = torch.tensor([int(wish)], dtype=torch.int32)
+        self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
+        return stop
+
+    def close(self) -> None:
+        """Wait for the exchange in flight."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None

@@ -1,0 +1,157 @@
+"""Where samples come from: a length and random access, whatever lies behind (folder, shards, arrays)."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.storage import FileStore, MissingObject, Store, open_store
+
+if TYPE_CHECKING:
+    from core.cache import ShardCache
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SHARD_FORMAT = "retort-shards"
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked. The message says what is wrong, where, and what to do next."""
+
+
+class CorruptImage(DataError):  # noqa: N818 (says what it is)
+    """One sample's bytes are not a readable image."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One undecoded sample. data: a file's bytes, or pixels as uint8 (H, W) or (H, W, 3). label: -1 without one."""
+
+    key: str
+    data: bytes | NDArray[np.uint8]
+    label: int = -1
+
+
+class Source(ABC):
+    """Samples by number.  Can be pickled and survives a fork: handles are opened by the process that reads.
+
+    shard_sizes: (shards,) int64, samples that are stored together, in index order; sums to the length.
+    classes: names of the labels, empty without labels.
+    """
+
+    shard_sizes: NDArray[np.int64]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @abstractmethod
+    def read(self, i: int) -> Raw:
+        """Sample `i`.  Raises core.storage.StoreError when the store fails."""
+
+    @abstractmethod
+    def label(self, i: int) -> int:
+        """Label of sample `i` without reading its image; -1 without one."""
+
+
+class ArraySource(Source):
+    """Images in memory.
+
+    images: uint8 (N, H, W) or (N, H, W, 3), or a sequence of (H, W) or (H, W, 3) of any sizes.  labels: (N,) or None.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+        labels: NDArray[Any] | Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.images = images
+        self.labels = np.full(len(images), -1) if labels is None else np.asarray(labels, np.int64)
+        if len(self.labels) != len(images):
+            raise DataError(f"arrays: {len(images)} images but {len(self.labels)} labels; give one label per image")
+        self.classes = list(classes)
+        self.shard_sizes = np.ones(len(images), np.int64)
+
+    def read(self, i: int) -> Raw:
+        return Raw(f"array:{i}", self.images[i], self.label(i))
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+
+class FolderSource(Source):
+    """Image files under a prefix of a store, at any depth, in key order; names that start with a dot are ignored.
+
+    The first folder below the prefix is the class, classes are numbered in sorted order; a file outside of any folder
+    has no label.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        seen = [entry.key for entry in store.list()]
+        keys = sorted(key for key in seen if _is_image(key))
+        if not keys:
+            raise DataError(
+                f"{store.uri}: none of the {len(seen)} files found here is an image ({', '.join(SUFFIXES)}) and there "
+                "is no index.json of shards; give a folder of images (class folders are optional) or write shards here"
+            )
+        folders = [key.partition("/")[0] if "/" in key else "" for key in keys]
+        self.classes = sorted(set(folders) - {""})
+        number = {name: i for i, name in enumerate(self.classes)}
+        self._labels = np.array([number.get(folder, -1) for folder in folders], np.int32)
+        # One blob instead of a million strings: forked workers would copy every string's page as they count references.
+        encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+        self._keys = b"".join(encoded)
+        self._ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        self.shard_sizes = np.ones(len(keys), np.int64)
+
+    def read(self, i: int) -> Raw:
+        key = self._key(i)
+        try:
+            return Raw(key, self._store.get(key), self.label(i))
+        except MissingObject:
+            return Raw(key, b"", self.label(i))  # deleted since it was listed: as unreadable as an empty file
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
+
+    def _key(self, i: int) -> str:
+        start = int(self._ends[i - 1]) if i else 0
+        return self._keys[start : int(self._ends[i])].decode("utf-8", "surrogateescape")
+
+
+def open_source(uri: str, cache: ShardCache | None = None) -> Source:
+    """The samples at a resolved URI (file:///x or s3://bucket/x): indexed shards, else a folder of images.
+
+    cache: node-local cache of shards that are not on this machine; without one they are read by ranged gets.
+    Raises DataError (nothing usable there) and core.storage.StoreError.
+    """
+    from core.data.shard_source import ShardSource  # which builds on this file
+
+    store = open_store(uri)
+    if isinstance(store, FileStore) and not store.root.is_dir():
+        raise DataError(f"{uri}: no such folder; give the absolute path of a folder as file:///path/to/images")
+    index = _shard_index(store)
+    return FolderSource(store) if index is None else ShardSource(store, index, cache)
+
+
+def _shard_index(store: Store) -> dict[str, Any] | None:
+    """index.json when it is one of shards (people's image folders may hold another file of that name)."""
+    try:
+        index = json.loads(store.get("index.json"))
+    except MissingObject:
+        return None
+    except ValueError:
+        raise DataError(f"{store.uri}/index.json: not valid JSON; write the shards again or remove it") from None
+    return index if isinstance(index, dict) and index.get("format") == SHARD_FORMAT else None
+
+
+def _is_image(key: str) -> bool:
+    # Buckets may hold keys with empty parts, which no store hands out.
+    return key.lower().endswith(SUFFIXES) and not any(part[:1] in ("", ".") for part in key.split("/"))

@@ -1,0 +1,299 @@
+"""DeepSpeed behind the few calls the loop needs: forward, backward, step, and views of the optimiser's fragments.
+
+The only file that imports DeepSpeed. ZeRO stages 0 to 3 look alike from outside: every rank owns flat fragments
+of the fp32 master weights and of Adam's moments, named and addressed per parameter, which is all a checkpoint needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.config import ConfigError, Train
+from core.methods.base import external_parameters
+from core.optim import clip_per_parameter
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> this rank's device.  Raises ConfigError when there is no GPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("launch.device: cuda was asked for and this machine shows no GPU; use launch.device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, or adopt an existing one."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":  # the shared-memory op would need a compiler; gloo does not use it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+
+
+def shutdown() -> None:
+    """Leave the process group; a rank that ends without it may abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's flattened elements that this rank owns."""
+
+    name: str
+    start: int  # first element, in the flattened parameter
+    numel: int
+    view: Callable[[str], Tensor]  # kind -> flat fp32 view of the optimiser's memory
+
+
+class Engine:
+    """A trainable module under DeepSpeed ZeRO. Construct it on every rank with equal weights."""
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], settings: Train, *, zero_stage: int, world: int,
+        per_parameter_clip: bool, device: torch.device,
+    ) -> None:  # fmt: skip
+        import deepspeed
+
+        check_precision(settings, zero_stage)
+        self.device, self.replicated = device, zero_stage == 0
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        self.frozen = {n: p.detach().clone().cpu() for n, p in module.named_parameters() if not p.requires_grad}
+        self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.accumulation = settings.batch // settings.micro_batch // world
+        self._micro = 0
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        own_clip = settings.clip if per_parameter_clip else 0.0
+        self.adam = ClippedAdamW(groups, settings, own_clip, fused=device.type == "cuda")
+        module.to(device)
+        if zero_stage == 3:
+            for reader, parameter in external_parameters(module):
+                deepspeed.zero.register_external_parameter(reader, parameter)
+        self.ds, *_ = deepspeed.initialize(
+            model=module, optimizer=self.adam, config=_ds_config(settings, zero_stage, self.accumulation, per_parameter_clip)
+        )
+        self._fragments = _SHARDINGS[zero_stage](self)
+        self.adam.locate(self._fragments, sharded=zero_stage > 0)
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.ds.module
+        return module
+
+    def train(self, on: bool) -> None:
+        self.ds.train(on)
+
+    def forward(self, views: dict[str, Tensor]) -> Any:
+        """Outputs of the module for one micro-batch, images cast to the compute precision."""
+        dtype = torch.bfloat16 if self.ds.bfloat16_enabled() else torch.float32
+        return self.ds({name: images.to(dtype) for name, images in views.items()})
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's loss; gradients are averaged over all micro-batches."""
+        if self._micro:
+            self.ds.step()  # DeepSpeed counts micro-batches by its step calls; no update before the last one
+        self.ds.backward(loss)
+        self._micro += 1
+
+    def step(self, lr: float, weight_decay: float | None = None) -> None:
+        """One optimiser step after exactly `accumulation` backward calls.  lr: before each group's own lr_scale."""
+        assert self._micro == self.accumulation, f"{self._micro} micro-batches instead of {self.accumulation}"
+        for group, scale in zip(self.ds.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = lr * scale
+            if weight_decay is not None and group["weight_decay"]:
+                group["weight_decay"] = weight_decay
+        self.ds.step()
+        self._micro = 0
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the fp32 weights and moments; views are live, so they can be read and written."""
+        return self._fragments.fragments()
+
+    @property
+    def adam_step(self) -> int:
+        """Optimiser steps taken (Adam's bias correction)."""
+        steps = [int(s["step"]) for s in self.adam.state.values() if "step" in s]
+        return steps[0] if steps else 0
+
+    def prepare_load(self, adam_step: int) -> None:
+        """Make room for the moments, so that `fragments` can be written before the first step."""
+        for flat in self._fragments.flats():
+            state = self.adam.state[flat]
+            state["step"] = torch.tensor(float(adam_step), device=flat.device if self.adam.fused else "cpu")
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(flat.data)
+
+    def finish_load(self) -> None:
+        """Bring the compute copies of the weights in line with the master weights just written."""
+        self._fragments.refresh()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Frozen parameters and persistent buffers: part of the model, not of the optimiser."""
+        return self.frozen | {n: b.detach().cpu() for n, b in self.module.named_buffers()}
+
+
+def check_precision(settings: Train, zero_stage: int) -> None:
+    """Raises ConfigError where DeepSpeed would silently take another trajectory."""
+    if settings.precision == "bf16" and zero_stage == 0:
+        raise ConfigError("zero.stage: bf16 needs stage 1 or above; use zero.stage=1 or train.precision=fp32")
+
+
+def _ds_config(settings: Train, stage: int, accumulation: int, per_parameter_clip: bool) -> dict[str, Any]:
+    clips = settings.clip > 0 and not per_parameter_clip
+    norm = {"compute_grad_norm": clips} if stage in (1, 2) else {}  # an unused norm would cost a host sync a step
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if per_parameter_clip else settings.clip,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": {"stage": stage, "round_robin_gradients": False} | norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that bounds each parameter's own gradient norm first, also when ZeRO has cut parameters into fragments."""
+
+    def __init__(self, groups: list[dict[str, Any]], settings: Train, clip: float, fused: bool) -> None:
+        super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+        self.clip, self.fused = clip, fused
+        self._owned: dict[int, list[tuple[int, int, int]]] = {}  # id(flat) -> (offset, numel, parameter number)
+        self._count, self._sharded = 0, False
+
+    def locate(self, fragments: Any, sharded: bool) -> None:
+        self._owned, self._count, self._sharded = fragments.layout(), fragments.count, sharded
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.clip > 0:
+            flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self._clip_fragments(flats) if self._sharded else clip_per_parameter([p.grad for p in flats], self.clip)
+        return super().step(closure)
+
+    def _clip_fragments(self, flats: list[Tensor]) -> None:
+        pieces = [
+            (number, p.grad.view(-1).narrow(0, offset, numel))
+            for p in flats
+            if p.grad is not None
+            for offset, numel, number in self._owned[id(p)]
+        ]
+        device = flats[0].device
+        squares = torch.zeros(self._count, device=device)
+        for number, grad in pieces:
+            squares[number] += grad.float().square().sum()
+        dist.all_reduce(squares)
+        factors = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for number, grad in pieces:
+            grad.mul_(factors[number])
+
+
+class _Whole:
+    """Stage 0: every rank holds everything; for saving, parameters are dealt out to ranks by size."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.named = [(n, p) for n, p in engine.ds.module.named_parameters() if p.requires_grad]
+        self.count = len(self.named)
+
+    def flats(self) -> list[Tensor]:
+        return [p for _, p in self.named]
+
+    def layout(self) -> dict[int, list[tuple[int, int, int]]]:
+        return {}
+
+    def fragments(self) -> list[Fragment]:
+        state = self.engine.adam.state
+
+        def view(parameter: nn.Parameter) -> Callable[[str], Tensor]:
+            return lambda kind: (parameter.data if kind == "weight" else state[parameter][kind]).view(-1)
+
+        return [Fragment(name, 0, p.numel(), view(p)) for name, p in self.named]
+
+    def refresh(self) -> None:
+        pass
+
+
+class _Partitioned:
+    """Stages 1 and 2: each group is one flat vector cut by rank; `_hp_mapping` says which elements are whose."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.zero = engine, engine.ds.optimizer
+        self.pieces = list(self._pieces())
+        self.count = len(engine.shapes)
+
+    def _pieces(self) -> Iterator[tuple[str, int, int, Tensor, int]]:
+        """(name, start in the parameter, numel, flat partition, offset in it) of what this rank owns."""
+        for group, parameters in enumerate(self.zero.bit16_groups):
+            flat = self.zero.single_partition_of_fp32_groups[group]
+            for parameter in parameters:
+                if parameter._hp_mapping is not None:
+                    inside, own = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+                    yield self.engine._names[id(parameter)], inside.start, inside.numel, flat, own.start
+
+    def flats(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def layout(self) -> dict[int, list[tuple[int, int, int]]]:
+        number = {name: i for i, name in enumerate(self.engine.shapes)}
+        out: dict[int, list[tuple[int, int, int]]] = {id(flat): [] for flat in self.flats()}
+        for name, _, numel, flat, offset in self.pieces:
+            out[id(flat)].append((offset, numel, number[name]))
+        return out
+
+    def fragments(self) -> list[Fragment]:
+        state = self.engine.adam.state
+
+        def view(flat: Tensor, offset: int, numel: int) -> Callable[[str], Tensor]:
+            return lambda kind: (flat.data if kind == "weight" else state[flat][kind]).narrow(0, offset, numel)
+
+        return [Fragment(name, start, n, view(flat, offset, n)) for name, start, n, flat, offset in self.pieces]
+
+    def refresh(self) -> None:
+        self.zero.update_lp_params()
+
+
+class _Sharded(_Partitioned):
+    """Stage 3: every parameter is cut by rank; sub-groups of partitions lie in flat fp32 vectors."""
+
+    def _pieces(self) -> Iterator[tuple[str, int, int, Tensor, int]]:
+        rank = dist.get_rank()
+        flats = self.zero.fp32_partitioned_groups_flat
+        for name, parameter in self.engine.ds.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
+            start = rank * part
+            numel = min(part, parameter.ds_numel - start)
+            group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            if numel > 0:
+                yield name, start, numel, flats[group], offset
+
+    def flats(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def refresh(self) -> None:
+        for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            self.zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            self.zero._unflatten_partitioned_parameters(group)
+
+
+_SHARDINGS: dict[int, type] = {0: _Whole, 1: _Partitioned, 2: _Partitioned, 3: _Sharded}

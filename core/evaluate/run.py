@@ -1,0 +1,111 @@
+"""Evaluate a run: its student, its teachers, untrained students and raw pixels by the protocols of the recipe."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.config import ConfigError, Recipe, nearest
+from core.data.source import open_source
+from core.engine import pick_device
+from core.evaluate.features import Extractor, FeatureSet, extract
+from core.export import load_student, read_recipe
+from core.methods.base import Info
+from core.models.students import build_student
+from core.models.teachers import describe_teachers, load_teachers
+from core.storage import Store, resolve
+
+FOLDER = "evaluations"
+Say = Callable[[str], None]
+
+
+def protocols() -> list[str]:
+    """Names of the protocols: files of this folder with a function `probe`."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(f.stem for f in files if "\ndef probe(" in f.read_text())
+
+
+def check_protocols(names: list[str]) -> None:
+    """Raises ConfigError for an unknown protocol, with the nearest valid name."""
+    for name in names:
+        if name not in protocols():
+            raise ConfigError(f"evaluate.protocols: unknown protocol {name!r}{nearest(name, protocols())} (known: {', '.join(protocols())})")
+
+
+def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any]:
+    """Run the protocols, write evaluations/<protocol>.json for each, return {protocol: result}.
+
+    A result has rows {model, top1, top5} in percent, and `margin`: the student's top-1 less the best untrained
+    student's, with the points the recipe asks for and whether they were reached.
+    Raises ConfigError when the recipe names no labelled images, or the run has no checkpoint.
+    """
+    recipe = read_recipe(run)
+    names = names or recipe.evaluate.protocols
+    check_protocols(names)
+    for field in ("train", "test"):
+        if not getattr(recipe.evaluate, field):
+            raise ConfigError(f"evaluate.{field}: not set in {run.uri}/recipe.yaml; labelled images are needed, for example "
+                              f"SET=\"evaluate.{field}=s3://bucket/imagenet/{field}\"")  # fmt: skip
+    features, classes = _features(recipe, run, root, say)
+    results = {}
+    for name in names:
+        say(f"evaluating by {name}")
+        probe = importlib.import_module(f"core.evaluate.{name}").probe
+        rows = [{"model": model, **probe(train, test, classes, recipe.seed)} for model, (train, test) in features.items()]
+        results[name] = {"protocol": name, "time": time.time(), "rows": rows, "margin": _margin(recipe, rows),
+                         "settings": {"train": recipe.evaluate.train, "test": recipe.evaluate.test, "classes": classes,
+                                      "train_images": len(next(iter(features.values()))[0].labels),
+                                      "test_images": len(next(iter(features.values()))[1].labels)}}  # fmt: skip
+        run.put(f"{FOLDER}/{name}.json", json.dumps(results[name], indent=1).encode())
+    return results
+
+
+def _margin(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    top1 = {row["model"]: row["top1"] for row in rows}
+    best = max(value for model, value in top1.items() if model.startswith("untrained"))
+    reached = top1["student"] - best
+    return {"asked": recipe.evaluate.margin, "reached": reached, "ok": reached >= recipe.evaluate.margin}
+
+
+def _features(recipe: Recipe, run: Store, root: str, say: Say) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
+    """(train, test) features of every model, and the number of classes."""
+    device = pick_device(recipe.launch.device)
+    student, arguments = load_student(run)
+    size = int(arguments["img_size"])
+    _, info = build_student(recipe.student, size, 0, root)
+    models: dict[str, Extractor] = {"student": _student(student.to(device))}
+    models |= _teachers(recipe, info, root, device)
+    for seed in range(recipe.evaluate.seeds):
+        untrained, _ = build_student(recipe.student, size, 1000 + seed, root)
+        models[f"untrained {seed + 1}"] = _student(untrained.to(device))
+    models["raw pixels"] = lambda x: x.flatten(1)
+    say(f"features of {len(models)} models at {size} px: {', '.join(models)}")
+    sources = [open_source(resolve(uri, root)) for uri in (recipe.evaluate.train, recipe.evaluate.test)]
+    for uri, source in zip((recipe.evaluate.train, recipe.evaluate.test), sources, strict=True):
+        if not source.classes:
+            raise ConfigError(f"evaluate: {uri} has no labels; use class folders or shards written with labels")
+    train, test = (extract(models, source, size, device) for source in sources)
+    return {name: (train[name], test[name]) for name in models}, len(sources[0].classes)
+
+
+def _student(model: nn.Module) -> Extractor:
+    model.eval()
+
+    def extractor(images: Tensor) -> Tensor:
+        features: Tensor = model(images)
+        return features
+
+    return extractor
+
+
+def _teachers(recipe: Recipe, info: Info, root: str, device: torch.device) -> dict[str, Extractor]:
+    infos = describe_teachers(recipe, info)
+    loaded = load_teachers(recipe, info, infos, root, device, torch.float32)
+    return {f"teacher {name}": (lambda x, t=teacher: t(x).cls) for name, teacher in loaded.items()}

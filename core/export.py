@@ -1,0 +1,97 @@
+"""The finished student as a file that plain timm loads: weights as safetensors, its configuration, a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from core import checkpoint
+from core.config import ConfigError, Recipe, fingerprint, from_yaml
+from core.methods.base import create
+from core.models.students import create as create_model
+from core.models.weights import load_strict
+from core.storage import Store
+
+FOLDER = "export"
+
+
+def read_recipe(run: Store) -> Recipe:
+    return from_yaml(run.get("recipe.yaml").decode(), f"{run.uri}/recipe.yaml")
+
+
+def load_student(run: Store) -> tuple[nn.Module, dict[str, Any]]:
+    """The student of a run's newest checkpoint and the arguments of `timm.create_model` that build it.
+
+    Raises ConfigError when the run has no checkpoint yet.
+    """
+    recipe = read_recipe(run)
+    manifest = checkpoint.newest(run, fingerprint(recipe))
+    if manifest is None:
+        raise ConfigError(f"{run.uri} has no complete checkpoint yet: wait for the first one (checkpoint.every_steps)")
+    settings = recipe.stage(manifest.position.stage)
+    arguments = {"img_size": settings.img_size, **recipe.student.args}
+    model = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
+    load_strict(model, create(recipe, settings, 1).export(checkpoint.Reader(run, manifest).model()))
+    return model.eval(), {"model_name": recipe.student.name, "num_classes": 0, **arguments}
+
+
+def export_timm(run: Store) -> list[str]:
+    """model.safetensors, config.json (arguments of create_model), README.md under export/.  Returns their addresses."""
+    model, arguments = load_student(run)
+    weights = {k: v.detach().to(torch.float32).contiguous() for k, v in model.state_dict().items()}
+    files = {
+        "model.safetensors": to_safetensors(weights, metadata={"format": "pt"}),
+        "config.json": json.dumps(arguments, indent=1, sort_keys=True).encode(),
+        "README.md": _card(run, arguments).encode(),
+    }
+    for name, data in files.items():
+        run.put(f"{FOLDER}/{name}", data)
+    return [f"{run.uri}/{FOLDER}/{name}" for name in files]
+
+
+FORMATS: dict[str, Callable[[Store], list[str]]] = {"timm": export_timm, "safetensors": export_timm}
+
+
+def export(run: Store, root: str, formats: list[str]) -> list[str]:
+    """Write every format asked for; returns the addresses.  Raises ConfigError for an unknown one."""
+    unknown = [f for f in formats if f not in FORMATS]
+    if unknown:
+        raise ConfigError(f"FORMAT: {unknown[0]!r} is not one of {', '.join(FORMATS)}")
+    return sorted({uri for f in formats for uri in FORMATS[f](run)})
+
+
+def _card(run: Store, arguments: dict[str, Any]) -> str:
+    recipe = read_recipe(run)
+    teachers = "\n".join(f"- {key}: {t.name}, licence {t.licence}" for key, t in sorted(recipe.teachers.items()))
+    options = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if k != "model_name")
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, distillation, {recipe.method.name}]
+---
+# {recipe.name}: {recipe.student.name} distilled with {recipe.method.name}
+
+Made by Retort, run `{run.uri.rpartition("/")[2]}`, recipe fingerprint `{fingerprint(recipe)[:16]}`. Images are normalised with ImageNet's mean and std.
+
+```python
+import timm
+from safetensors.torch import load_file
+model = timm.create_model({arguments["model_name"]!r}, {options})
+model.load_state_dict(load_file("model.safetensors"), strict=True)
+features = model.eval()(images)  # (B, {_dim(run)})
+```
+
+Teachers (their licences may bind what is derived from them):
+{teachers or "- none"}
+"""
+
+
+def _dim(run: Store) -> int:
+    recipe = read_recipe(run)
+    with torch.device("meta"):
+        model = create_model(recipe.student.name, recipe.student.args, None, "student")
+    return int(model.num_features)  # type: ignore[arg-type]

@@ -1,0 +1,185 @@
+"""The contract between a method and everything else.
+
+A method is one file in this folder: a class `Method` subclass named `METHOD`, found by the file's name. The loop, the
+engine, the checkpoints and the launchers know only what is declared here, so a new method changes no other line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from core.comm import Comm
+from core.config import ConfigError, Recipe, Train, nearest
+from core.data.views import View
+
+Report = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a student or teacher before its weights are: shapes and the features it can give."""
+
+    name: str
+    dim: int
+    depth: int
+    patch: int
+    grid: tuple[int, int]  # of patch tokens for the stage's images
+    prefix: int  # class and register tokens in front of the patch tokens
+    has_cls: bool
+    is_vit: bool
+
+
+@dataclass(frozen=True)
+class Features:
+    """One teacher's output for a micro-batch."""
+
+    cls: Tensor  # (B, D)
+    patch: Tensor  # (B, N, D)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One canonical micro-batch on the device."""
+
+    views: dict[str, Tensor]  # name -> (B, 3, S, S) float32, ImageNet-normalised
+    index: Tensor  # (B,) int64 sample ids, on the CPU
+    seed: int
+    epoch: int
+    micro: int  # position of this micro-batch in the global batch
+    training: bool = True
+
+
+class Method(ABC):
+    """What is learnt from the teachers. One instance lives for one stage of a run."""
+
+    Options: ClassVar[type]
+    per_parameter_clip: ClassVar[bool] = False  # else `train.clip` bounds the global gradient norm
+    needs_teachers: ClassVar[bool] = True
+    teacher_view: ClassVar[str] = "image"  # the view that teachers see
+
+    def __init__(self, options: Any, settings: Train, steps: int) -> None:
+        self.options, self.settings, self.steps = options, settings, steps
+
+    @abstractmethod
+    def check(self, student: Info, teachers: dict[str, Info]) -> None:
+        """Refuse a pair that cannot work, with the reason, before anything is built.  Raises ConfigError."""
+
+    @abstractmethod
+    def views(self) -> list[View]:
+        """Crops the data side must produce for every sample."""
+
+    @abstractmethod
+    def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
+        """The one trainable module: student and heads, `forward(views) -> outputs`. Parameters that cannot get a
+        gradient must have requires_grad False. A module that reads parameters of submodules without calling them
+        lists these in `external_parameters()` (ZeRO-3 must know)."""
+
+    @abstractmethod
+    def targets(self, features: dict[str, Features], batch: Batch) -> Any:
+        """What the student is to match, from the teachers' outputs; no gradient."""
+
+    @abstractmethod
+    def losses(self, outputs: Any, targets: Any, batch: Batch) -> tuple[Tensor, Report]:
+        """Scalar loss and scalars to log, both on the device. Nothing in the report takes part in the loss."""
+
+    @abstractmethod
+    def param_groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Groups with keys params, names, weight_decay (and lr_scale, if the learning rate differs)."""
+
+    @abstractmethod
+    def schedules(self, step: int) -> dict[str, float]:
+        """Values at a step of this stage; `lr` is required, `weight_decay` optional, others are the method's own."""
+
+    @abstractmethod
+    def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Student in timm's keys from the trainable module's weights."""
+
+    @abstractmethod
+    def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:
+        """FLOPs per image of the forward pass of everything in `build` beside the student (multiply-add = 2)."""
+
+    def after_step(self, step: int, comm: Comm) -> Report:
+        """Runs after the optimiser, on every rank: merge statistics, average weights. Returns scalars to log."""
+        return {}
+
+    def to(self, device: torch.device) -> None:
+        """Move the method's own state."""
+
+    def state(self) -> dict[str, Tensor]:
+        """State beside the module's weights (statistics, centres, queues), equal on all ranks."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over `state()` of an earlier attempt or stage."""
+
+
+def _folders() -> list[Path]:
+    extra = os.environ.get("RETORT_METHODS", "")  # further folders with method files
+    return [Path(__file__).parent, *(Path(p) for p in extra.split(os.pathsep) if p)]
+
+
+def available() -> list[str]:
+    names = {p.stem for folder in _folders() for p in folder.glob("*.py")}
+    return sorted(n for n in names if n not in ("base", "__init__"))
+
+
+def find(name: str) -> type[Method]:
+    """The method class of this name.  Raises ConfigError with the nearest valid name."""
+    if name not in available():
+        raise ConfigError(f"method.name: unknown method {name!r}{nearest(name, available())} (known: {', '.join(available())})")
+    folder = next(f for f in _folders() if (f / f"{name}.py").is_file())
+    if folder == Path(__file__).parent:
+        module = importlib.import_module(f"core.methods.{name}")
+    else:
+        spec = importlib.util.spec_from_file_location(f"retort_methods.{name}", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return cast(type[Method], module.METHOD)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with its method's options checked and filled in.  Raises ConfigError."""
+    method = find(recipe.method.name)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(method.Options), OmegaConf.create(recipe.method.options))
+        options = dataclasses.asdict(cast(Any, OmegaConf.to_object(merged)))
+    except (OmegaConfBaseException, ValueError) as error:
+        valid = [f.name for f in dataclasses.fields(method.Options)]
+        unknown = [k for k in recipe.method.options if k not in valid]
+        if unknown:
+            raise ConfigError(f"method.options.{unknown[0]}: unknown option of {recipe.method.name}{nearest(unknown[0], valid)}") from None
+        raise ConfigError(f"method.options: {str(error).splitlines()[0]}") from None
+    for teacher in recipe.teachers:
+        if not recipe.teachers[teacher].name:
+            raise ConfigError(f"teachers.{teacher}.name: not set; give a timm model name")
+    if method.needs_teachers and not recipe.teachers:
+        raise ConfigError(f"teachers: method {recipe.method.name} needs at least one teacher")
+    return dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, options=options))
+
+
+def create(recipe: Recipe, settings: Train, steps: int) -> Method:
+    """The method of a recipe for one stage of `steps` optimiser steps."""
+    method = find(recipe.method.name)
+    return method(method.Options(**complete(recipe).method.options), settings, steps)
+
+
+def external_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(reader, parameter) pairs of submodules that read parameters they do not own."""
+    for part in module.modules():
+        declared = getattr(part, "external_parameters", None)
+        for parameter in declared() if callable(declared) else ():
+            yield part, parameter

@@ -1,0 +1,95 @@
+"""Frozen teachers: plain modules outside the engine, in the compute precision, without gradients."""
+
+from __future__ import annotations
+
+import zlib
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import ConfigError, Recipe, Teacher
+from core.data.views import IMAGENET_MEAN, IMAGENET_STD
+from core.methods.base import Features, Info
+from core.models.locate import read_weights
+from core.models.students import create, describe
+from core.models.vit import forward_taps
+from core.models.weights import load_strict
+
+
+def take(vit: nn.Module, images: Tensor, cls: str) -> tuple[Tensor, Tensor]:
+    """cls (B, D) and patch (B, N, D) targets of a ViT for images (B, 3, H, W).
+
+    token: both after the final norm.  pooled: timm's pre-logits feature, and patch tokens as the last block (or its
+    norm, if the model has one) leaves them; for models without a final norm (dBOT-ft) these are un-normed.
+    """
+    x = cast(Tensor, vit.norm(forward_taps(vit, images)[-1]))
+    prefix = cast(int, vit.num_prefix_tokens)
+    pooled = vit.forward_head(x, pre_logits=True) if cls == "pooled" else x[:, 0]
+    return pooled, x[:, prefix:]
+
+
+class FrozenTeacher(nn.Module):
+    """One teacher: images as the student sees them in, `Features` out."""
+
+    def __init__(self, teacher: Teacher, model: nn.Module, info: Info, student: Info) -> None:
+        super().__init__()
+        self.model, self.cls = model, teacher.cls
+        # Equal grids, so that patch tokens match one to one: an image of grid * patch pixels.
+        size = student.grid[0] * info.patch
+        self.size = (size, size) if info.patch != student.patch else None
+        if teacher.normalize == "own":
+            _fold_normalisation(model)
+        self.requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Features:
+        if self.size is not None:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return Features(*take(self.model, images.to(next(self.model.parameters()).dtype), self.cls))
+
+
+def _fold_normalisation(model: nn.Module) -> None:
+    """Make the patch embedding expect ImageNet-normalised pixels instead of the model's own mean and std.
+
+    With x = (p - m) / s given and y = (p - m') / s' wanted: y = x * s/s' + (m - m')/s', a per-channel affine map that
+    a patch embedding (a convolution without padding) absorbs exactly.
+    """
+    config = cast(dict[str, tuple[float, ...]], model.pretrained_cfg)
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    given_mean, given_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    conv = cast(nn.Conv2d, cast(nn.Module, model.patch_embed).proj)
+    with torch.no_grad():
+        shift = ((given_mean - mean) / std).view(1, 3, 1, 1)
+        extra = (conv.weight * shift).sum((1, 2, 3))
+        conv.bias = nn.Parameter((conv.bias if conv.bias is not None else 0) + extra)
+        conv.weight.mul_((given_std / std).view(1, 3, 1, 1))
+
+
+def describe_teachers(recipe: Recipe, student: Info) -> dict[str, Info]:
+    """Shapes of every teacher for the student's patch grid, from meta tensors: no weights needed."""
+    infos = {}
+    for key, teacher in sorted(recipe.teachers.items()):
+        with torch.device("meta"):
+            model = create(teacher.name, teacher.args, None, f"teachers.{key}")
+        probe = describe(model, teacher.name, 0, f"teachers.{key}")
+        if not probe.is_vit:
+            raise ConfigError(f"teachers.{key}.name: {teacher.name} is no plain ViT; its patch tokens are needed")
+        infos[key] = describe(model, teacher.name, student.grid[0] * probe.patch, f"teachers.{key}")
+    return infos
+
+
+def load_teachers(
+    recipe: Recipe, student: Info, infos: dict[str, Info], root: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, FrozenTeacher]:
+    """Every teacher of a recipe, strictly loaded.  Raises WeightsError, StoreError, ConfigError."""
+    loaded = {}
+    for key, teacher in sorted(recipe.teachers.items()):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(key.encode()))  # `random` weights differ by teacher and never by rank
+            model = create(teacher.name, teacher.args, None, f"teachers.{key}")
+        if teacher.weights != "random":
+            load_strict(model, read_weights(teacher.weights, teacher.name, root))
+        loaded[key] = FrozenTeacher(teacher, model, infos[key], student).to(device=device, dtype=dtype)
+    return loaded

@@ -1,0 +1,160 @@
+"""What distillation needs of timm's VisionTransformer beyond timm: taps, position tables of any grid, stochastic depth.
+
+The conventions are those of the released UNIC student (a DINOv2-style ViT). A model treated here keeps running under
+timm's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+RELEASED_OFFSET = 0.1
+SUBSET_ABOVE = 0.1
+
+
+def resize_pos_embed(
+    table_1ND: Tensor,
+    old_grid: tuple[int, int],
+    grid: tuple[int, int],
+    num_prefix: int,
+    offset: float | None = RELEASED_OFFSET,
+) -> Tensor:
+    """Bicubic resampling of a position table to another grid, in float32, without antialiasing.
+
+    Args:
+        table_1ND: (1, num_prefix + h*w, D); the first `num_prefix` rows belong to tokens without a place and stay.
+        old_grid, grid: (rows, columns) of the table and of the wanted one.
+        offset: sampling factors are (new + offset) / old per axis, as in the released models; None = exactly new / old.
+
+    Returns:
+        (1, num_prefix + grid rows * columns, D) in the table's dtype.
+    """
+    prefix, places = table_1ND[:, :num_prefix], table_1ND[:, num_prefix:]
+    image = places.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    if offset is None:
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    else:
+        factors = [(new + offset) / old for new, old in zip(grid, old_grid, strict=True)]
+        image = F.interpolate(image, scale_factor=factors, mode="bicubic", align_corners=False)
+    if tuple(image.shape[-2:]) != tuple(grid):
+        raise ValueError(f"position table {old_grid} resampled to {tuple(image.shape[-2:])} instead of {grid}")
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table_1ND.dtype)], dim=1)
+
+
+def pos_embed_for(vit: VisionTransformer, grid: tuple[int, int], offset: float | None = RELEASED_OFFSET) -> Tensor:
+    """The model's position table for a grid of patches: itself where the grids agree, else resampled."""
+    native: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+    table = cast(Tensor, vit.pos_embed)
+    if tuple(grid) == native:
+        return table
+    return resize_pos_embed(table, native, grid, 0 if vit.no_embed_class else vit.num_prefix_tokens, offset)
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) of any size that the patch size divides -> input tokens of the first block (B, P+N, D)."""
+    patch_h, patch_w = vit.patch_embed.patch_size
+    height, width = images.shape[-2:]
+    if height % patch_h or width % patch_w:
+        raise ValueError(f"images of {height}x{width} cannot be cut into patches of {patch_h}x{patch_w}")
+    grid = (height // patch_h, width // patch_w)
+    x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    table = None if vit.pos_embed is None else pos_embed_for(vit, grid)
+    if table is not None and vit.no_embed_class:
+        x = torch.cat([*prefix, x + table], dim=1)
+    else:
+        x = torch.cat([*prefix, x], dim=1)
+        x = x if table is None else x + table
+    out: Tensor = vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
+    return out
+
+
+def as_vit(model: nn.Module) -> VisionTransformer:
+    """The same model, known to be timm's VisionTransformer.  Raises TypeError for any other network."""
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"{type(model).__name__} is not timm's VisionTransformer: its block outputs cannot be taken")
+    return model
+
+
+def forward_taps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Embedding output and every block's output, before the final norm: L+1 tensors (B, P+N, D).
+
+    Grids other than the model's own get an interpolated position table, non-square ones included.
+    """
+    vit = as_vit(model)
+    taps = [embed(vit, images)]
+    recompute = vit.grad_checkpointing and torch.is_grad_enabled()
+    for block in vit.blocks:
+        taps.append(checkpoint(block, taps[-1], use_reentrant=False) if recompute else block(taps[-1]))
+    return taps
+
+
+def drop_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic-depth rates of the blocks, linear from 0 to `rate`, rounded to float32 as the release has them."""
+    rates: list[float] = torch.linspace(0, rate, depth, dtype=torch.float32, device="cpu").tolist()
+    return rates
+
+
+def residual_scale(branch: Tensor, scale_B: Tensor) -> Tensor:
+    """Multiply a residual branch (B, ...) by one factor per sample."""
+    return branch * scale_B.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth with the two rules of the released UNIC student, for blocks of timm's form x + drop_path(f(x)).
+
+    0 < rate <= 0.1: each sample's branch is kept with probability 1 - rate and scaled by its inverse. rate > 0.1: a
+    random subset of max(int(B * (1 - rate)), 1) samples is kept and scaled by B / subset. Rates are rounded to float32,
+    where 0.1 lies above 0.1, so the last block of a model at 0.1 uses the subset. Draws come from torch's default
+    generator of the device.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = float(np.float32(rate))
+
+    @property
+    def rule(self) -> Literal["none", "mask", "subset"]:
+        if self.rate <= 0:
+            return "none"
+        return "subset" if self.rate > SUBSET_ABOVE else "mask"
+
+    def draw(self, batch: int, device: torch.device) -> Tensor:
+        """One factor per sample (B,), float64, drawn on the device without a host synchronisation."""
+        u_B = torch.rand(batch, device=device)
+        if self.rule == "subset":
+            kept = max(int(batch * (1.0 - self.rate)), 1)
+            return (u_B.argsort() < kept).double() * (batch / kept)
+        return (u_B < 1.0 - self.rate).double() / (1.0 - self.rate)
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rule == "none":
+            return branch
+        return residual_scale(branch, self.draw(len(branch), branch.device))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4f}, rule={self.rule}"
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Replace timm's stochastic depth in every block by ours, linear from 0 to `rate` over the depth."""
+    vit = as_vit(model)
+    blocks: Iterable[Any] = vit.blocks
+    for block, block_rate in zip(blocks, drop_rates(rate, len(vit.blocks)), strict=True):
+        if not hasattr(block, "drop_path1"):
+            raise TypeError(f"{type(block).__name__} has no two residual branches to drop: use a model of plain blocks")
+        block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
+
+
+def center_pad(height: int, width: int, multiple: int) -> tuple[int, int, int, int]:
+    """Padding (top, bottom, left, right) up to the next multiple; an odd pixel goes to the bottom and right."""
+    rows, columns = -height % multiple, -width % multiple
+    return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2

@@ -1,0 +1,49 @@
+"""The same step in plain PyTorch, one process per rank: the baseline of `make bench` and the float64 reference of the
+golden cases. Runs never use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.comm import Comm
+from core.config import Train
+from core.optim import clip_per_parameter
+
+
+class PlainEngine:
+    """forward, backward and step as `core.engine.Engine` has them, with gradients averaged by one all-reduce."""
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], settings: Train, comm: Comm, per_parameter_clip: bool) -> None:
+        self.module, self.comm, self.clip, self.per_parameter_clip = module, comm, settings.clip, per_parameter_clip
+        self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.adam = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.accumulation = settings.batch // settings.micro_batch // comm.world
+        self.parameters = [p for group in groups for p in group["params"]]
+
+    def train(self, on: bool) -> None:
+        self.module.train(on)
+
+    def forward(self, views: dict[str, Tensor]) -> Any:
+        return self.module(views)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self, lr: float, weight_decay: float | None = None) -> None:
+        if self.comm.world > 1:
+            flat = self.comm.mean(torch.cat([p.grad.flatten() for p in self.parameters]))
+            for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad = grad.view_as(p)
+        if self.clip > 0 and self.per_parameter_clip:
+            clip_per_parameter([p.grad for p in self.parameters], self.clip)
+        elif self.clip > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
+            group["lr"] = lr * scale
+            if weight_decay is not None and group["weight_decay"]:
+                group["weight_decay"] = weight_decay
+        self.adam.step()
+        self.adam.zero_grad()

@@ -1,0 +1,155 @@
+"""Everything one stage of a run needs, built from the recipe: data, student, teachers, method, engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.cache import ShardCache
+from core.checkpoint import Reader, restore
+from core.comm import Comm
+from core.config import ConfigError, Loader, Recipe, Train
+from core.data.loader import MicroBatch, eval_batches, steps_per_epoch, train_batches
+from core.data.source import Source, open_source
+from core.data.views import apply_colour, draw_colour, normalize
+from core.engine import Engine, check_precision
+from core.methods.base import Batch, Info, Method, Report, create
+from core.models.students import build_student
+from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
+from core.models.vit import resize_pos_embed
+from core.storage import resolve
+
+
+@dataclass
+class Stage:
+    name: str
+    recipe: Recipe
+    settings: Train
+    steps: int
+    first_step: int  # steps of the stages before
+    source: Source
+    method: Method
+    teachers: dict[str, FrozenTeacher]
+    engine: Engine
+    comm: Comm
+
+    def batches(self, start: int) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of every step from `start` on."""
+        s, loader = self.settings, self.recipe.loader
+        return train_batches(
+            self.source, self.method.views(), seed=self.recipe.seed, batch=s.batch, micro_batch=s.micro_batch,
+            block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
+            world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
+        )  # fmt: skip
+
+    def batch(self, micro: MicroBatch) -> Batch:
+        """To the device, with the colour part of each view applied there."""
+        images = {}
+        for number, view in enumerate(self.method.views()):
+            colour = draw_colour(view, self.recipe.seed, micro.epoch, micro.index.numpy(), number)
+            raw = micro.views[view.name].to(self.engine.device, non_blocking=True)
+            images[view.name] = apply_colour(raw, colour)
+        return Batch(images, micro.index, self.recipe.seed, micro.epoch, micro.micro)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Report]:
+        """Teachers, student and loss of one micro-batch."""
+        seen = batch.views[self.method.teacher_view]
+        features = {name: teacher(seen) for name, teacher in self.teachers.items()}
+        targets = self.method.targets(features, batch)
+        return self.method.losses(self.engine.forward(batch.views), targets, batch)
+
+    @torch.no_grad()
+    def heldout(self) -> float | None:
+        """Mean loss on held-out images: evaluation transform and mode, nothing dropped; None without such images."""
+        if not self.recipe.data.heldout:
+            return None
+        source = open_source(resolve(self.recipe.data.heldout, self._root), _cache(self.recipe.loader))
+        size = min(self.settings.micro_batch, len(source) // self.comm.world)
+        rounds = len(source) // self.comm.world // size  # equal on all ranks: ZeRO-3 forwards are collective
+        total = torch.zeros((), device=self.engine.device)
+        self.engine.train(False)
+        for number, (images, _, index) in enumerate(eval_batches(source, self.settings.img_size, size, 0, self.comm.rank, self.comm.world)):
+            if number == rounds:
+                break
+            x = normalize(images.to(self.engine.device))
+            views = {view.name: x for view in self.method.views()}
+            total += self.loss(Batch(views, index, self.recipe.seed, 0, 0, training=False))[0]
+        self.engine.train(True)
+        return float(self.comm.mean(total / rounds))
+
+    _root: str = ""
+
+
+def build(recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, reader: Reader | None) -> tuple[Stage, int]:
+    """A stage ready to train, and the step it starts at.
+
+    reader: the checkpoint to go on from: one of this stage (everything is restored) or the last one of the stage
+    before (weights and method state are taken over, the optimiser starts afresh).
+    Raises ConfigError, DataError, WeightsError, StoreError, CheckpointError.
+    """
+    settings = recipe.stage(name)
+    check_precision(settings, recipe.zero.stage)
+    source = open_source(resolve(recipe.data.source, root), _cache(recipe.loader))
+    settings, steps = schedule(settings, len(source))
+    check_world(settings, comm.world)
+    student, info = build_student(recipe.student, settings.img_size, recipe.seed, root)
+    infos = describe_teachers(recipe, info)
+    method = create(recipe, settings, steps)
+    method.check(info, infos)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 1)
+        module = method.build(student, info, infos)
+    here = reader is not None and reader.manifest.position.stage == name
+    if reader is not None:
+        _take_over(module, reader.whole("buffer") if here else reader.model(), info)
+    engine = Engine(module, method.param_groups(module), settings, zero_stage=recipe.zero.stage, world=comm.world,
+                    per_parameter_clip=method.per_parameter_clip, device=comm.device)  # fmt: skip
+    method.to(comm.device)
+    if reader is not None:
+        method.load_state(restore(reader.run, reader.manifest, engine) if here else reader.whole("method"))
+    stage = Stage(name, recipe, settings, steps, first_step, source, method, teachers, engine, comm)
+    stage._root = root
+    return stage, reader.manifest.position.stage_step if reader is not None and here else 0
+
+
+def schedule(settings: Train, samples: int) -> tuple[Train, int]:
+    """Steps of a stage, and its settings with the warm-up in steps.  Raises ConfigError when the data are too few."""
+    per_epoch = steps_per_epoch(samples, settings.batch, settings.micro_batch)
+    if per_epoch == 0:
+        raise ConfigError(f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch")
+    steps = settings.steps or settings.epochs * per_epoch
+    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
+    return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
+
+
+def check_world(settings: Train, world: int) -> None:
+    """Raises ConfigError when the canonical micro-batches cannot be shared out equally."""
+    micros = settings.batch // settings.micro_batch
+    if micros % world:
+        allowed = ", ".join(str(n) for n in range(1, micros + 1) if micros % n == 0)
+        raise ConfigError(f"launch.ranks: {micros} micro-batches (batch {settings.batch} / micro_batch {settings.micro_batch}) "
+                          f"cannot be shared by {world} ranks; allowed: {allowed}")  # fmt: skip
+
+
+def _take_over(module: nn.Module, weights: dict[str, Tensor], info: Info) -> None:
+    """Load another stage's weights; a position table of another image size is resized by the released rule."""
+    own = module.state_dict()
+    for name, value in weights.items():
+        if name.endswith("pos_embed") and own[name].shape != value.shape:
+            prefix = own[name].shape[1] - info.grid[0] * info.grid[1]
+            side = int((value.shape[1] - prefix) ** 0.5)
+            weights[name] = resize_pos_embed(value, (side, side), info.grid, prefix)
+    module.load_state_dict(weights, strict=False)
+
+
+def _cache(loader: Loader) -> ShardCache:
+    folder = Path(loader.cache_dir) if loader.cache_dir else Path(tempfile.gettempdir()) / "retort-shards"
+    return ShardCache(folder, int(loader.cache_gb * 1e9))

@@ -1,0 +1,280 @@
+"""Bytes in a folder or a bucket under one semantics: atomic puts, creation by one winner, ranged reads, ordered lists.
+
+A key is "/"-separated and relative to the store: never absolute, without empty, "." or ".." parts. The one difference
+left between the two: a folder cannot hold a key below another key ("a" and "a/b"), a bucket can.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
+
+import google_crc32c
+
+TEMP = ".tmp-"  # names a file that is being written: reserved, never listed
+ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class StoreError(RuntimeError):
+    """A store did not do what was asked. The message says what, where and what to check."""
+
+
+class MissingObject(StoreError):  # noqa: N818 (says what is the matter)
+    """There is no object of this name."""
+
+
+class ExpiredCredentials(StoreError):  # noqa: N818 (says what is the matter)
+    """The credentials were valid once; new ones must be provided."""
+
+
+class AccessDenied(StoreError):  # noqa: N818 (says what is the matter)
+    """The credentials are missing, wrong or lack a right."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    key: str
+    size: int  # bytes
+    modified: float  # seconds since the epoch
+
+
+class Store(ABC):
+    """Objects below one URI. Safe to share between threads, to pickle and to use after a fork.
+
+    Every method raises `StoreError` or a subclass. `put*` and `get_file` are atomic: a reader never sees a part.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None: ...
+    @abstractmethod
+    def put_file(self, key: str, path: Path) -> None: ...
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """True if this call created the object, also when the server's answer was lost and the request repeated."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes: ...
+    @abstractmethod
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """Bytes [start, start + size), cut at the object's end like a slice."""
+
+    @abstractmethod
+    def get_file(self, key: str, path: Path) -> None: ...
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes, or None if there is no such object."""
+
+    @abstractmethod
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
+        """Entries in key order whose key starts with `prefix` (not only a folder's) and sorts behind `after`."""
+
+    @abstractmethod
+    def delete(self, *keys: str) -> None:
+        """Removes objects; absent ones are fine."""
+
+    @abstractmethod
+    def sub(self, prefix: str) -> Store: ...
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+def resolve(uri: str, root: str) -> str:
+    """`store:a/b` below the store `root`; any other URI unchanged."""
+    return f"{root.rstrip('/')}/{uri.removeprefix('store:')}" if uri.startswith("store:") else uri
+
+
+def open_store(uri: str) -> Store:
+    scheme, mark, rest = uri.partition("://")
+    if mark and scheme == "file" and rest.startswith("/"):
+        return FileStore(Path(os.path.normpath(unquote(rest))))
+    if mark and scheme == "s3" and re.fullmatch(r"[\w.-]{3,255}(/.*)?", rest, re.ASCII):
+        from core.bucket import S3Store  # half a second of imports that folders do not need
+
+        return S3Store(uri)
+    shown = re.sub(r"//[^/]*@", "//...@", uri)
+    raise StoreError(
+        f"{shown!r} is no store: write s3://BUCKET/PREFIX (credentials and endpoint come from the AWS_* variables) or file:///FOLDER"
+    )
+
+
+def check_key(key: str, what: str = "key") -> str:
+    parts = key.split("/")
+    if "\0" in key or any(part in ("", ".", "..") or part.startswith(TEMP) for part in parts):
+        raise StoreError(f"{key!r} is no {what}: a/b/c, relative, without empty, '.', '..' or '{TEMP}*' parts")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    return prefix and check_key(prefix.removesuffix("/"), "prefix") + "/" * prefix.endswith("/")
+
+
+# ---- folders
+
+
+class FileStore(Store):
+    """Objects as files below a folder, which the first put creates."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = "file://" + str(root).replace("%", "%25").rstrip("/")
+
+    def put(self, key: str, data: bytes) -> None:
+        with local_errors(self._where(key)):
+            publish(self._path(key), lambda file: file.write(data))
+
+    def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as source, local_errors(self._where(key)):
+            publish(self._path(key), lambda file: shutil.copyfileobj(source, file, 1 << 20))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        with local_errors(self._where(key)):
+            return publish(self._path(key), lambda file: file.write(data), exclusive=True)
+
+    def get(self, key: str) -> bytes:
+        with local_errors(self._where(key), *ABSENT):
+            return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        check_range(start, size)
+        with local_errors(self._where(key), *ABSENT), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with local_errors(self._where(key), *ABSENT):
+            source = self._path(key).open("rb")
+        with source, local_errors(str(path)):
+            publish(path, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        with local_errors(self._where(key)), suppress(*ABSENT):
+            return path.stat().st_size if path.is_file() else None
+        return None
+
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
+        folder, _, _ = check_prefix(prefix).rpartition("/")
+        with local_errors(self._where(prefix)):
+            yield from _walk(self.root / folder, f"{folder}/" if folder else "", prefix, after, ())
+
+    def delete(self, *keys: str) -> None:
+        for path in [self._path(key) for key in keys]:
+            with local_errors(str(path)), suppress(*ABSENT):
+                path.unlink()
+                self._prune(path.parent)
+
+    def sub(self, prefix: str) -> FileStore:
+        return FileStore(self.root / check_key(prefix.rstrip("/"), "prefix"))
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _where(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def _prune(self, folder: Path) -> None:
+        with suppress(OSError):  # not empty, or somebody else's turn
+            while folder != self.root:
+                folder.rmdir()
+                folder = folder.parent
+
+
+@contextmanager
+def local_errors(where: str, *absent: type[OSError]) -> Iterator[None]:
+    try:
+        yield
+    except absent as error:
+        raise MissingObject(f"{where} does not exist") from error
+    except PermissionError as error:
+        raise AccessDenied(f"{where}: {error.strerror}: check owner and mode of the folder") from error
+    except OSError as error:
+        hint = ": free space or choose another store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise StoreError(f"{where}: {error.strerror}{hint}") from error
+
+
+def publish(path: Path, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> bool:
+    """Write aside, flush to the disk, then give the file its name. False: `exclusive`, and the name was taken."""
+    file = _open_temp(path.parent)
+    temp = Path(file.name)
+    try:
+        with file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            with suppress(FileExistsError):
+                os.link(temp, path)
+            # The link count, not the error, tells who won: network file systems may repeat a link after a lost answer.
+            won = temp.stat().st_nlink > 1
+        else:
+            os.replace(temp, path)
+            won = True
+        with suppress(FileNotFoundError):  # deleted again and its folder pruned
+            _sync(path.parent)
+        return won
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _open_temp(folder: Path) -> BinaryIO:
+    for _ in range(100):
+        with suppress(FileNotFoundError):  # a deletion elsewhere has just pruned the folder
+            _make_folder(folder)
+            return (folder / f"{TEMP}{uuid.uuid4().hex}").open("xb")
+    raise FileNotFoundError(errno.ENOENT, "folder vanishes as fast as it is made", str(folder))
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _walk(folder: Path, base: str, prefix: str, after: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    """Files below `folder` in key order; `above` holds the folders passed on the way, against cycles of links."""
+    try:
+        here = folder.stat()
+        found = {base + item.name + "/" * item.is_dir(): item for item in os.scandir(folder)}
+    except ABSENT:
+        return
+    identity = (here.st_dev, here.st_ino)
+    for key in sorted(found) if identity not in above else ():
+        item = found[key]
+        if key.endswith("/"):
+            if (key.startswith(prefix) or prefix.startswith(key)) and (after < key or after.startswith(key)):
+                yield from _walk(folder / item.name, key, prefix, after, (*above, identity))
+        elif key.startswith(prefix) and key > after and not item.name.startswith(TEMP) and item.is_file():
+            with suppress(FileNotFoundError):
+                stat = item.stat()
+                yield Entry(key, stat.st_size, stat.st_mtime)
+
+
+def check_range(start: int, size: int) -> None:
+    if start < 0 or size < 0:
+        raise StoreError(f"no such range: start {start}, size {size}")

@@ -1,0 +1,116 @@
+"""The command line: `python -m jobs <verb> [RECIPE|RUN] [options]`; finds the verb, turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobs.errors import BUG, UserError, describe, exit_code, nearest
+from jobs.settings import Settings, collect
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb lives and what it takes."""
+
+    where: str  # module.function in jobs/verbs
+    help: str
+    takes: tuple[str, ...] = ()  # positional arguments, all optional: a variable of that name does as well
+    options: tuple[str, ...] = ()
+
+    def load(self) -> Callable[[Settings], int]:
+        module, _, name = self.where.partition(".")
+        function: Callable[[Settings], int] = getattr(importlib.import_module(f"jobs.verbs.{module}"), name)
+        return function
+
+
+RECIPE, RUN = ("recipe",), ("run",)
+RESOLVE = ("set", "profile", "store")
+LAUNCH = ("launcher", "dirty", "detach")
+VERBS = {
+    "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh",)),
+    "recipes": Verb("recipes.recipes", "table of the recipes that come with Retort", (), ("json",)),
+    "plan": Verb("recipes.plan", "what a recipe costs and what it lacks", RECIPE, (*RESOLVE, "gpu", "gpus", "json")),
+    "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, RESOLVE),
+    "submit": Verb("submit.submit", "start a recipe, or resume it", RECIPE, (*RESOLVE, *LAUNCH, "dry", "fresh")),
+    "status": Verb("runs.status", "all runs, or one", RUN, ("store", "json")),
+    "logs": Verb("runs.logs", "what the ranks of a run wrote", RUN, ("store", "tail")),
+    "cancel": Verb("runs.cancel", "stop a run", RUN, ("store",)),
+    "resume": Verb("submit.resume", "go on from the newest checkpoint", RUN, ("set", "store", *LAUNCH)),
+    "shards": Verb("data.shards", "rewrite a data set into indexed shards", ("src", "dst"), ("short_side",)),
+    "features": Verb("later.features", "store a recipe's teacher outputs", RECIPE, RESOLVE),
+    "eval": Verb("results.evaluate", "evaluate a run's student", RUN, ("store", "eval", "json")),
+    "export": Verb("results.export", "write a run's student for others to load", RUN, ("store", "format")),
+    "report": Verb("results.report", "write a run's report", RUN, ("store",)),
+    "gc": Verb("later.gc", "remove what no run refers to", (), ("store", "dry")),
+    "image": Verb("later.image", "build the container image"),
+    "manifests": Verb("later.manifests", "render sbatch and RayJob files", RECIPE, RESOLVE),
+    "bench": Verb("local.bench", "measure throughput and overheads"),
+}
+OPTIONS = {
+    "set": ("a.b=c d.e=f: override fields of the recipe", "append"),
+    "profile": ("overlay of sizes, for example smoke", None),
+    "launcher": ("auto, local, slurm or ray", None),
+    "store": ("s3://bucket/prefix or file:///folder (else RETORT_STORE, else .retort/store here)", None),
+    "dry": ("say what would happen, do nothing", "store_true"),
+    "fresh": ("a new run, also when this one exists", "store_true"),
+    "dirty": ("run uncommitted code", "store_true"),
+    "detach": ("return at once instead of following the run", "store_true"),
+    "json": ("machine-readable output", "store_true"),
+    "eval": ("protocols, for example knn,linear", None),
+    "format": ("timm, safetensors", None),
+    "gpu": ("kind of GPU to plan for", None),
+    "gpus": ("number of GPUs to plan for", int),
+    "short_side": ("resize to this short side in pixels", int),
+    "tail": ("last lines of each log only", int),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m jobs",
+        description="Distil vision foundation models.",
+        epilog="Exit codes: 0 ok, 1 failed, 2 wrong input, 3 environment not ready, 75 preempted.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False)
+        for positional in verb.takes:
+            sub.add_argument(positional, nargs="?", metavar=positional.upper())
+        for option in verb.options:
+            _add_option(sub, option)
+    return top
+
+
+def _add_option(sub: argparse.ArgumentParser, name: str) -> None:
+    text, kind = OPTIONS[name]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(kind, str):
+        sub.add_argument(flag, dest=name, action=kind, help=text)
+    else:
+        sub.add_argument(flag, dest=name, type=kind or str, help=text, metavar=name.upper())
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns its exit code. A traceback appears for bugs only."""
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+            raise UserError(f"unknown verb {arguments[0]!r}{nearest(arguments[0], VERBS)} (python -m jobs --help)")
+        parsed = parser().parse_args(arguments)
+        settings = collect(parsed, os.environ)
+        return VERBS[parsed.verb].load()(settings)
+    except BrokenPipeError:  # `... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        sys.stdout.flush()
+        print(describe(error), file=sys.stderr)
+        code = exit_code(error)
+        return BUG if code is None else code

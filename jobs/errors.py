@@ -1,0 +1,80 @@
+"""What can go wrong and which exit code says so: 2 the user's input, 3 the environment, 75 preempted, 1 a bug."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+
+OK, BUG, USER, NOT_READY, PREEMPTED = 0, 1, 2, 3, 75
+# Errors of core that are the user's or the environment's, with their exit codes. By name: a login node loads neither.
+EXPECTED = (
+    ("core.config", "ConfigError", USER),
+    ("core.data.source", "DataError", USER),
+    ("core.models.weights", "WeightsError", USER),
+    ("core.storage", "StoreError", NOT_READY),
+    ("core.train", "NonFiniteLoss", BUG),
+)
+SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY")
+
+
+class JobError(Exception):
+    """An error with a message for people and no traceback."""
+
+    code = BUG
+
+
+class UserError(JobError):
+    """The input is wrong; the message names it and the fix."""
+
+    code = USER
+
+
+class NotReady(JobError):  # noqa: N818 - reads as what it says
+    """The input is right, this machine or account is not ready for it; the message says how to get there."""
+
+    code = NOT_READY
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Exit code of an expected error; None for a bug, which deserves its traceback."""
+    if isinstance(error, JobError):
+        return error.code
+    for module, name, code in EXPECTED:
+        if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
+            return code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in ("core", "jobs", "tests"):
+        return NOT_READY
+    return None
+
+
+def message(error: BaseException) -> str:
+    """One clear text for an expected error, without credentials."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"Python package {error.name} is missing: run `make setup`"
+    return redact(str(error))
+
+
+def describe(error: BaseException) -> str:
+    """The message of an expected error, the traceback of a bug; without credentials."""
+    if exit_code(error) is not None:
+        return f"error: {message(error)}"
+    lines = "".join(traceback.format_exception(error))
+    return f"{redact(lines)}This is a bug in Retort: please report it with the lines above."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean x?`, or nothing."""
+    match = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def redact(text: str) -> str:
+    """The text with the values of secret environment variables and passwords in URLs blotted out."""
+    secrets = {v for k, v in os.environ.items() if SECRET_NAME.search(k.upper()) and len(v) >= 6}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return re.sub(r"(\w+://)[^/\s:@]+:[^/\s@]+@", r"\1***@", text)

@@ -1,0 +1,122 @@
+"""Watching a run from a terminal: a bar where there is one, plain lines elsewhere; the run does not depend on it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from jobs.errors import BUG, OK, PREEMPTED
+from jobs.launchers import Launcher
+from jobs.record import ENDED, Run, State, View
+
+POLL_S = 0.5
+LINE_EVERY_S = 5.0
+
+
+def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
+    """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 75 preempted.
+
+    An interrupt (Ctrl-C) leaves the run alone and returns 0.
+    """
+    display = Bar() if sys.stderr.isatty() else Lines()
+    try:
+        while True:
+            view = run.view()
+            if view.last.attempt >= attempt and _rests(run, view, launcher):
+                break
+            display.show(view)
+            time.sleep(poll_s)
+        display.show(view)
+    except KeyboardInterrupt:
+        print(f"\ndetached: the run goes on; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
+        return OK
+    finally:
+        display.close()
+    return conclude(run, view)
+
+
+def conclude(run: Run, view: View) -> int:
+    """Say how the run ended and what to do next."""
+    state = view.last.state
+    if state == State.SUCCEEDED:
+        print(f"{run.id} succeeded: {run.uri}")
+        print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}")
+        return OK
+    reason = view.lost or view.last.info.get("reason", "")
+    print(f"{run.id} {view.shown}" + (f": {reason}" if reason else ""))
+    print(f"next: make logs RUN={run.id}; make resume RUN={run.id}")
+    return PREEMPTED if state == State.PREEMPTED else BUG
+
+
+def _rests(run: Run, view: View, launcher: Launcher) -> bool:
+    """Nobody works on the run any more. A preempted run whose supervisor lives is about to be queued again."""
+    if view.last.state == State.PREEMPTED:
+        return not launcher.alive(run.handle(view.last))
+    return view.last.state in ENDED or bool(view.lost)
+
+
+def progress_text(row: dict[str, Any]) -> str:
+    """`stage main, step 120/3000, loss 0.812, 412 img/s, data-wait 3 %, ETA 4 min`, of what is known."""
+    parts: list[tuple[str, Callable[[Any], str]]] = [
+        ("stage", lambda v: f"stage {v}"),
+        ("step", lambda v: f"step {v}" + (f"/{row['steps']}" if "steps" in row else "")),
+        ("loss", lambda v: f"loss {float(v):.4g}"),
+        ("images_per_s", lambda v: f"{float(v):.0f} img/s"),
+        ("data_wait", lambda v: f"data-wait {100 * float(v):.0f} %"),
+        ("eta_s", lambda v: f"ETA {duration(float(v))}"),
+    ]
+    return ", ".join(show(row[key]) for key, show in parts if row.get(key) is not None)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _status(view: View) -> str:
+    row = view.heartbeat if view.heartbeat.get("attempt") == view.last.attempt else {}
+    text = progress_text(row) if view.last.state != State.QUEUED else ""
+    if not text and view.last.state in (State.QUEUED, State.RUNNING):
+        text = f"starting, {time.time() - view.last.time:.0f} s"
+    return text
+
+
+class Lines:
+    """One line when something is new, and at least and at most every few seconds while the run works."""
+
+    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+        self.every_s = every_s
+        self._shown, self._when = "", 0.0
+
+    def show(self, view: View) -> None:
+        line = f"{view.id} {view.shown}"
+        now = time.monotonic()
+        if line != self._shown or now - self._when >= self.every_s:
+            self._shown, self._when = line, now
+            text = _status(view)
+            print(f"{time.strftime('%H:%M:%S')} {line}" + (f": {text}" if text else ""), flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bar:
+    """A progress bar on a terminal's standard error."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] = tqdm(total=None, bar_format="{desc} {percentage:3.0f}%|{bar:24}| {postfix}", leave=True)
+
+    def show(self, view: View) -> None:
+        steps = view.heartbeat.get("steps")
+        if steps and view.heartbeat.get("attempt") == view.last.attempt:
+            self._bar.total, self._bar.n = steps, view.heartbeat.get("step", 0)
+        self._bar.set_description_str(f"{view.id} {view.shown}", refresh=False)
+        self._bar.set_postfix_str(_status(view))
+
+    def close(self) -> None:
+        self._bar.close()

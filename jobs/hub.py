@@ -1,0 +1,78 @@
+"""Weights from the Hugging Face hub: found, and staged once into the store, so that ranks never download."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.storage import open_store
+from jobs.errors import NotReady
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+FILE = "model.safetensors"
+TIMEOUT_S = 4.0
+HOW = "on a machine with network: hf download {hub_id} model.safetensors (licence to accept: hf auth login first)"
+
+
+def hub_id(model: str, weights: str) -> str:
+    """Repository of the weights `hub` and `hub:<id>`; empty for other weights."""
+    scheme, _, name = weights.partition(":")
+    return (name or f"timm/{model}") if scheme == "hub" else ""
+
+
+def staged_key(repository: str) -> str:
+    """Where a store keeps the weights of a repository."""
+    return f"weights/{repository.replace('/', '--')}/{FILE}"
+
+
+def unreachable(repository: str, root: str) -> str:
+    """Why the weights cannot be had; empty when they are staged, in the local cache, or can be downloaded."""
+    if open_store(root).size(staged_key(repository)) is not None or _cached(repository):
+        return ""
+    what = f"the weights {repository} are neither in the store nor in the local hub cache"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return f"{what}, and HF_HUB_OFFLINE forbids to download them"
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=TIMEOUT_S)
+    except GatedRepoError:
+        return f"the weights {repository} need their licence accepted and a login"
+    except RepositoryNotFoundError:
+        return f"the hub has no public repository {repository}"
+    except Exception as error:  # whatever the network stack raises: the hub cannot be reached from here
+        return f"{what}, and the hub does not answer ({type(error).__name__})"
+    return ""
+
+
+def stage(recipe: Recipe, root: str, say: Callable[[str], None]) -> None:
+    """Copy the hub weights that a recipe names into the store, downloading them where needed.  Raises NotReady."""
+    from jobs.inputs import weights_fields
+
+    store = open_store(root)
+    for field, model, weights in weights_fields(recipe):
+        repository = hub_id(model, weights)
+        if repository and store.size(staged_key(repository)) is None:
+            say(f"staging {repository} into {store.uri}")
+            store.put_file(staged_key(repository), _cached(repository) or _download(field, repository))
+
+
+def _cached(repository: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, FILE)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _download(field: str, repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, FILE))
+    except Exception as error:
+        raise NotReady(f"{field}: {repository} could not be downloaded: {type(error).__name__}: {error}") from error

@@ -1,0 +1,101 @@
+"""The processes of one attempt on this machine: started together, watched as they end, ended together."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.placement import Placement
+from jobs.spec import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Exit:
+    rank: int
+    code: int  # negative: ended by that signal
+
+
+class Ranks:
+    """One process per rank; its standard output and error go to `folder`/rank-NNNN.log."""
+
+    def __init__(self, command: Sequence[str], placement: Placement, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._exits: queue.SimpleQueue[Exit] = queue.SimpleQueue()
+        port = free_port()
+        environments = [rank_environment(rank, placement, port) for rank in range(placement.ranks)]
+        self._processes = [self._start(command, rank, environment) for rank, environment in enumerate(environments)]
+        for rank, child in enumerate(self._processes):
+            threading.Thread(target=self._wait, args=(rank, child), daemon=True).start()
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:04d}.log"
+
+    def next_exit(self, timeout_s: float) -> Exit | None:
+        """The next rank that ended, in the order in which they did."""
+        with suppress(queue.Empty):
+            return self._exits.get(timeout=timeout_s)
+        return None
+
+    def signal(self, signum: int) -> None:
+        for child in self._processes:
+            child.send_signal(signum)
+
+    def kill(self) -> None:
+        """End the ranks and what they started, at once."""
+        for child in self._processes:
+            if child.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+
+    def end(self, grace_s: float) -> None:
+        """Ask the ranks that are left to end, and make them after `grace_s`."""
+        self.signal(signal.SIGTERM)
+        limit = time.monotonic() + grace_s
+        for child in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, limit - time.monotonic()))
+        self.kill()
+
+    def _start(self, command: Sequence[str], rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with self.log(rank).open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
+
+    def _wait(self, rank: int, child: subprocess.Popen[bytes]) -> None:
+        self._exits.put(Exit(rank, child.wait()))
+
+
+def rank_environment(rank: int, placement: Placement, port: int) -> dict[str, str]:
+    """Environment of one rank: this process's own and what torch.distributed reads."""
+    search = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": placement.ranks,
+        "LOCAL_WORLD_SIZE": placement.ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": placement.threads,
+        "PYTHONUNBUFFERED": 1,
+        "PYTHONPATH": os.pathsep.join(search),
+    }
+    cpu_only = {"DS_ACCELERATOR": "cpu"} if placement.device == "cpu" else {}
+    return {**os.environ, **{name: str(value) for name, value in own.items()}, **cpu_only}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,215 @@
+"""The record of a run in the store: a state machine kept as an append-only list of numbered transitions.
+
+Each transition is one small object created with put-if-absent, so of two writers one wins and the other reads again.
+runs/<id>/: recipe.yaml, record.json, transitions/NNNNNN.json, heartbeat.json, logs/, metrics/, checkpoints/ ...
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from core.storage import MissingObject, Store, open_store
+from jobs import process
+from jobs.errors import JobError, UserError, nearest
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+HEARTBEAT_LIMIT_S = 60.0
+
+
+class State(StrEnum):
+    CREATED = "created"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+LEGAL = {
+    State.CREATED: {State.QUEUED, State.FAILED, State.CANCELLED},
+    State.QUEUED: {State.RUNNING, State.PREEMPTED, State.FAILED, State.CANCELLED},
+    State.RUNNING: {State.PREEMPTED, State.SUCCEEDED, State.FAILED, State.CANCELLED},
+    State.PREEMPTED: {State.QUEUED, State.FAILED, State.CANCELLED},
+    State.FAILED: {State.QUEUED},
+    State.CANCELLED: {State.QUEUED},
+    State.SUCCEEDED: set(),
+}
+ACTIVE = (State.QUEUED, State.RUNNING)  # somebody works on it
+ENDED = (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+class IllegalMove(JobError):  # noqa: N818
+    """The run is not in a state from which this is possible, or belongs to a newer attempt."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    number: int
+    state: State
+    time: float  # seconds since the epoch, by the writer's clock
+    attempt: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be said about a run now."""
+
+    id: str
+    last: Transition
+    heartbeat: dict[str, Any]
+    lost: str = ""  # why the run, though queued or running by its record, has nobody working on it
+
+    @property
+    def shown(self) -> str:
+        return "lost" if self.lost else str(self.last.state)
+
+    @property
+    def active(self) -> bool:
+        return self.last.state in ACTIVE and not self.lost
+
+
+class Run:
+    """One run folder in the store."""
+
+    def __init__(self, root: str, run_id: str) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", run_id):
+            raise UserError(f"run {run_id!r}: not a run id; `make status` lists them")
+        self.root, self.id = root, run_id
+        self.uri = f"{root}/runs/{run_id}"
+        self.store: Store = open_store(root).sub(f"runs/{run_id}")
+
+    @classmethod
+    def find(cls, root: str, run_id: str) -> Run:
+        """A run that exists.  Raises UserError with the nearest id."""
+        run = cls(root, run_id)
+        if not run.exists():
+            hint = nearest(run_id, cls.list(root))
+            raise UserError(f"run {run_id!r} is not in {root}{hint} (make status lists runs)")
+        return run
+
+    @staticmethod
+    def list(root: str) -> list[str]:
+        """Ids of all runs of a store: one short listing per run, however many objects it has."""
+        store, ids, after = open_store(root), [], ""
+        while entry := next(iter(store.list("runs/", after=after)), None):
+            run_id = entry.key.split("/")[1]
+            ids.append(run_id)
+            after = f"runs/{run_id}0"  # "0" follows "/" in key order
+        return ids
+
+    def exists(self) -> bool:
+        return self.store.size(_key(0)) is not None
+
+    def create(self, recipe_yaml: str, record: dict[str, Any]) -> bool:
+        """Make the run.  False: somebody else did, before."""
+        created = Transition(0, State.CREATED, time.time())
+        if not self.store.put_if_absent(_key(0), _dump(asdict(created))):
+            return False
+        self.store.put("record.json", _dump(record))
+        self.write_recipe(recipe_yaml)
+        return True
+
+    def write_recipe(self, recipe_yaml: str) -> None:
+        self.store.put("recipe.yaml", recipe_yaml.encode())
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        from core.config import from_yaml
+
+        try:
+            text = self.store.get("recipe.yaml").decode()
+        except MissingObject:
+            raise UserError(f"run {self.id}: its creation was cut short; submit its recipe again") from None
+        return from_yaml(text, f"{self.uri}/recipe.yaml")
+
+    def record(self) -> dict[str, Any]:
+        return self._json("record.json")
+
+    def last(self) -> Transition:
+        """The newest transition.  Raises MissingObject when there is no such run."""
+        keys = [entry.key for entry in self.store.list("transitions/")]
+        if not keys:
+            raise MissingObject(f"{self.uri}: no such run")
+        return self._transition(keys[-1])
+
+    def transitions(self) -> builtins.list[Transition]:
+        return [self._transition(entry.key) for entry in self.store.list("transitions/")]
+
+    def move(
+        self, state: State, attempt: int | None = None, *, only_from: State | None = None, **info: Any
+    ) -> Transition:
+        """Append a transition; `queued` starts attempt number `attempt`, others belong to the current one.
+
+        Raises IllegalMove when the newest state does not allow it or the attempt is not the current one.
+        """
+        while True:
+            last = self.last()
+            number = last.attempt if attempt is None else attempt
+            self._check(last, state, number)
+            if only_from not in (None, last.state):
+                raise IllegalMove(f"run {self.id} is {last.state}, no longer {only_from}")
+            new = Transition(last.number + 1, state, time.time(), number, info)
+            if self.store.put_if_absent(_key(new.number), _dump(asdict(new))):
+                return new
+
+    def _check(self, last: Transition, state: State, attempt: int) -> None:
+        due = last.attempt + (state == State.QUEUED)
+        if attempt != due:
+            raise IllegalMove(f"run {self.id}: attempt {attempt} cannot become {state}: attempt {due} is due")
+        if state not in LEGAL[last.state]:
+            raise IllegalMove(f"run {self.id} is {last.state} (attempt {last.attempt}) and cannot become {state}")
+
+    def beat(self, progress: dict[str, Any], attempt: int) -> None:
+        """Say that the run is alive, and how far it is."""
+        self.store.put("heartbeat.json", _dump({**progress, "time": time.time(), "attempt": attempt}))
+
+    def view(self) -> View:
+        """State, progress and whether anybody still works on it.  Raises MissingObject."""
+        last = self.last()
+        heartbeat = self._json("heartbeat.json")
+        return View(self.id, last, heartbeat, self._lost(last, heartbeat) if last.state in ACTIVE else "")
+
+    def handle(self, last: Transition) -> dict[str, Any]:
+        """What the launcher wrote down when it queued the attempt of `last`; empty before the first."""
+        while last.state not in (State.QUEUED, State.CREATED):
+            last = self._transition(_key(last.number - 1))
+        return last.info
+
+    def _lost(self, last: Transition, heartbeat: dict[str, Any]) -> str:
+        handle = self.handle(last)
+        if process.alive(handle) is False:
+            return f"its process {handle['pid']} on this machine is gone"
+        seen = float(heartbeat["time"]) if heartbeat.get("attempt") == last.attempt else last.time
+        silent_s = time.time() - max(seen, last.time)
+        if last.state == State.RUNNING and silent_s > HEARTBEAT_LIMIT_S:
+            return f"no heartbeat for {silent_s:.0f} s"
+        return ""
+
+    def _transition(self, key: str) -> Transition:
+        raw = json.loads(self.store.get(key))
+        return Transition(**{**raw, "state": State(raw["state"])})
+
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self.store.get(key))
+        except MissingObject:
+            return {}
+        return content
+
+
+def _key(number: int) -> str:
+    return f"transitions/{number:06d}.json"
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()

@@ -1,0 +1,108 @@
+"""The options of a command: from its arguments, else from the environment variables that the Makefile exports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import UserError
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One command's options; each can come from the variable named like it, in capitals."""
+
+    recipe: str = ""
+    run: str = ""
+    set: tuple[str, ...] = ()
+    profile: str = ""
+    launcher: str = ""
+    store: str = ""
+    dry: bool = False
+    fresh: bool = False
+    dirty: bool = False
+    detach: bool = False
+    json: bool = False
+    eval: str = ""
+    format: str = ""
+    gpu: str = ""
+    gpus: int = 0
+    src: str = ""
+    dst: str = ""
+    short_side: int = 0
+    tail: int = 0
+
+    def need(self, name: str) -> str:
+        """A value that this command cannot do without.  Raises UserError."""
+        value = str(getattr(self, name))
+        if not value:
+            raise UserError(f"{name.upper()} is not set: give {name.upper()}=... to make, or name it to python -m jobs")
+        return value
+
+    def load_recipe(self) -> Recipe:
+        """The recipe resolved with profile and overrides, its method's options checked.  Raises ConfigError."""
+        from core.config import load
+        from core.methods.base import complete
+
+        return complete(load(self.need("recipe"), self.profile, list(self.set)))
+
+    def root(self, recipe: Recipe | None = None) -> str:
+        """URI of the store: SET, then --store, the recipe, RETORT_STORE, and a folder under the current one."""
+        by_set = any(item.startswith("store=") for item in self.set)
+        own = recipe.store if recipe else ""
+        chosen = (own if by_set else "") or self.store or own or os.environ.get("RETORT_STORE", "")
+        return check_uri(chosen or f"file://{Path.cwd() / '.retort' / 'store'}", "store")
+
+
+def check_uri(uri: str, what: str) -> str:
+    """The URI without trailing slash.  Raises UserError unless it is s3://bucket/... or file:///dir."""
+    scheme, _, rest = uri.partition("://")
+    if (scheme == "s3" and rest.strip("/")) or (scheme == "file" and rest.startswith("/")):
+        return uri.rstrip("/")
+    raise UserError(f"{what}: {uri!r} is not a store; valid are s3://bucket/prefix and file:///absolute/folder")
+
+
+def collect(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    """Arguments win over variables; an empty variable counts as absent.  Raises UserError."""
+    values: dict[str, Any] = {}
+    for f in fields(Settings):
+        given = getattr(arguments, f.name, None)
+        text = environment.get(f.name.upper(), "")
+        if f.name == "set":
+            values["set"] = tuple(item for part in (text, *(given or ())) for item in split(part))
+        elif given not in (None, False):
+            values[f.name] = given
+        elif text:
+            values[f.name] = _parse(f.name, str(f.type), text)
+    return Settings(**values)
+
+
+def split(text: str) -> list[str]:
+    """`a.b=c d.e='f g'` -> items, with a shell's quotes.  Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"SET: {text!r}: {error}") from None
+
+
+def _parse(name: str, kind: str, text: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in TRUE + FALSE:
+            raise UserError(f"{name.upper()}: {text!r} is neither 1 nor 0")
+        return text.lower() in TRUE
+    if kind == "int":
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"{name.upper()}: {text!r} is not a whole number") from None
+    return text

@@ -1,0 +1,1 @@
+"""What the command line does: one function per verb, taking the settings and returning an exit code."""

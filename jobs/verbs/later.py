@@ -1,0 +1,22 @@
+"""Verbs whose names are promised and that are not built yet."""
+
+from __future__ import annotations
+
+from jobs.errors import UserError
+from jobs.settings import Settings
+
+
+def features(settings: Settings) -> int:
+    raise UserError("features is not built yet: teachers compute their outputs while the student learns")
+
+
+def gc(settings: Settings) -> int:
+    raise UserError("gc is not built yet: remove a run by deleting its folder runs/<id> in the store")
+
+
+def image(settings: Settings) -> int:
+    raise UserError("image is not built yet: runs start from this working tree")
+
+
+def manifests(settings: Settings) -> int:
+    raise UserError("manifests is not built yet: the only launcher so far is local")

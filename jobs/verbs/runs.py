@@ -1,0 +1,144 @@
+"""status, logs and cancel: what is in the record of a run, whichever launcher ran it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import launchers
+from jobs.errors import OK, UserError
+from jobs.follow import duration, progress_text
+from jobs.launchers import Launcher
+from jobs.record import ACTIVE, ENDED, Run, State, View
+from jobs.settings import Settings
+from jobs.table import table
+
+CANCEL_WAIT_S = 60.0
+
+
+def status(settings: Settings) -> int:
+    root = settings.root()
+    if settings.run:
+        return _detail(Run.find(root, settings.run), settings.json)
+    rows = sorted((_row(Run(root, run_id)) for run_id in Run.list(root)), key=lambda row: -row["since"])
+    if settings.json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        cells = [[r["run"], r["state"], str(r["attempt"]), r["progress"], _ago(r["since"])] for r in rows]
+        print(table(["run", "state", "attempt", "progress", "changed"], cells))
+    else:
+        print(f"no runs in {root} yet: make submit RECIPE=demo starts one")
+    return OK
+
+
+def _ago(when: float) -> str:
+    return f"{duration(time.time() - when)} ago"
+
+
+def _row(run: Run) -> dict[str, Any]:
+    view = run.view()
+    return {
+        "run": run.id, "state": view.shown, "attempt": view.last.attempt, "since": view.last.time,
+        "progress": progress_text(view.heartbeat) if view.last.attempt else "", "heartbeat": view.heartbeat,
+    }  # fmt: skip
+
+
+def _detail(run: Run, as_json: bool) -> int:
+    view, history = run.view(), run.transitions()
+    if as_json:
+        moves = [{"state": t.state, "time": t.time, "attempt": t.attempt, "info": t.info} for t in history]
+        facts = {**_row(run), "uri": run.uri, "lost": view.lost, "transitions": moves, "record": run.record()}
+        print(json.dumps(facts, indent=1))
+        return OK
+    record = run.record()
+    print(f"run       {run.id}\nstate     {view.shown} (attempt {view.last.attempt})\nfolder    {run.uri}")
+    overrides = " ".join(record.get("dotlist", ()))
+    print(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}")
+    print(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}")
+    print(f"progress  {progress_text(view.heartbeat) or 'none yet'}")
+    for t in history:
+        print(f"{_clock(t.time)}  {t.state}" + (f" (attempt {t.attempt})" if t.attempt else ""))
+    for reason in filter(None, (view.lost, view.last.info.get("reason", ""))):
+        print(f"reason    {reason}")
+    print(f"next      {_next(run, view)}")
+    return OK
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _next(run: Run, view: View) -> str:
+    if view.last.state == State.SUCCEEDED:
+        return f"make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}"
+    if view.active:
+        return f"make logs RUN={run.id}; make cancel RUN={run.id}"
+    return f"make logs RUN={run.id}; make resume RUN={run.id}"
+
+
+def logs(settings: Settings) -> int:
+    """Logs of the newest attempt, one part per rank: the stored copy, or the local file where that has more."""
+    run = Run.find(settings.root(), settings.need("run"))
+    found = False
+    for name, text in _logs(run):
+        found = True
+        lines = text.splitlines()
+        print(f"==> {name} <==")
+        print("\n".join(lines[-settings.tail :] if settings.tail else lines))
+    if not found:
+        print(f"run {run.id} has written no logs yet", file=sys.stderr)
+    return OK
+
+
+def _logs(run: Run) -> list[tuple[str, str]]:
+    last = run.last()
+    prefix = f"logs/attempt-{last.attempt:04d}/"
+    texts = {entry.key.removeprefix(prefix): run.store.get(entry.key) for entry in run.store.list(prefix)}
+    for path in _local_logs(run):
+        content = path.read_bytes()
+        if len(content) > len(texts.get(path.name, b"")):
+            texts[path.name] = content
+    return [(f"{prefix}{name}", texts[name].decode(errors="replace")) for name in sorted(texts)]
+
+
+def _local_logs(run: Run) -> list[Path]:
+    last = run.last()
+    handle = run.handle(last)
+    folder = _launcher_of(handle).logs(handle, last.attempt) if handle else None
+    return sorted(folder.glob("*.log")) if folder else []
+
+
+def cancel(settings: Settings) -> int:
+    """Mark the run cancelled, then tell its ranks, which save and leave."""
+    run = Run.find(settings.root(), settings.need("run"))
+    view = run.view()
+    if view.last.state == State.CANCELLED:
+        print(f"{run.id} is already cancelled")
+        return OK
+    if view.last.state in ENDED:
+        raise UserError(f"run {run.id} has already {view.last.state}: there is nothing to cancel")
+    handle = run.handle(view.last)
+    run.move(State.CANCELLED, by="cancel")
+    launcher = _launcher_of(handle)
+    if view.last.state in ACTIVE and not view.lost and launcher.cancel(handle):
+        print(f"{run.id} is cancelled; its ranks save and end ...", flush=True)
+        _wait_for_end(launcher, handle)
+    elif view.active:
+        print(f"{run.id} is cancelled; its ranks on {handle.get('host', 'another machine')} notice within seconds")
+    else:
+        print(f"{run.id} is cancelled")
+    return OK
+
+
+def _wait_for_end(launcher: Launcher, handle: dict[str, Any]) -> None:
+    limit = time.monotonic() + CANCEL_WAIT_S
+    while launcher.alive(handle) and time.monotonic() < limit:
+        time.sleep(0.2)
+    print("ended" if not launcher.alive(handle) else f"still saving after {CANCEL_WAIT_S:.0f} s; it ends by itself")
+
+
+def _launcher_of(handle: dict[str, Any]) -> Launcher:
+    return launchers.find(handle.get("launcher", "local"))

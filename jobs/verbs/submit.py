@@ -1,0 +1,167 @@
+"""submit and resume: everything that can be wrong is found first, then the run is queued and followed."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.storage import MissingObject, StoreError
+from jobs import launchers, spec
+from jobs.errors import OK, UserError
+from jobs.launchers import Launcher
+from jobs.placement import Placement, gpu_count, place
+from jobs.record import IllegalMove, Run, State, View
+from jobs.settings import Settings
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+
+def submit(settings: Settings) -> int:
+    recipe = settings.load_recipe()
+    root = settings.root(recipe)
+    run_id = spec.run_id(recipe)
+    if settings.dry:
+        return _finish(_dry(recipe, root), run_id)
+    launcher = _launcher(settings, recipe)
+    gpus = gpu_count()
+    placement = place(recipe, gpus)
+    if settings.fresh:
+        with suppress(StoreError):  # an unusable store is reported below, with all else that is missing
+            run_id = spec.fresh_id(root, run_id)
+    run = Run(root, run_id)
+    view = _look(run)
+    if view and (view.active or view.last.state == State.SUCCEEDED):
+        return _finish(_nothing_to_do(run, view), run.id)
+    _ready(recipe, root, gpus)
+    info = _info(settings, launcher)
+    if not run.exists():
+        run.create(_yaml(recipe), spec.record(run.id, recipe, root, settings, spec.code()))
+    return _launch(run, recipe, launcher, placement, info, settings)
+
+
+def resume(settings: Settings) -> int:
+    """Continue a run from its newest checkpoint; SET may change what does not change the result (ranks, ZeRO stage)."""
+    root = settings.root()
+    run = Run.find(root, settings.need("run"))
+    view = run.view()
+    if view.last.state == State.SUCCEEDED:
+        raise UserError(f"run {run.id} has succeeded, nothing is left to do; a new one: make submit RECIPE=... FRESH=1")
+    if view.active:
+        raise UserError(f"run {run.id} is still {view.shown}; stop it first: make cancel RUN={run.id}")
+    recipe = _with_overrides(run.recipe(), settings)
+    launcher = _launcher(settings, recipe)
+    gpus = gpu_count()
+    placement = place(recipe, gpus)
+    _ready(recipe, root, gpus)
+    return _launch(run, recipe, launcher, placement, _info(settings, launcher), settings)
+
+
+def _launcher(settings: Settings, recipe: Recipe) -> Launcher:
+    wanted = settings.launcher or recipe.launch.launcher
+    launcher = launchers.find(wanted)
+    if wanted == "auto":
+        print(f"launcher: {launcher.name} (auto: the only one built so far)")
+    return launcher
+
+
+def _look(run: Run) -> View | None:
+    try:
+        return run.view()
+    except (MissingObject, StoreError):
+        return None
+
+
+def _ready(recipe: Recipe, root: str, gpus: int) -> None:
+    """Refuse when something is missing; make and stage what can be.  Raises NotReady."""
+    from jobs import hub, inputs
+
+    inputs.require(recipe, root, gpus)
+    hub.stage(recipe, root, say)
+    module = inputs.preparer(recipe)
+    if module:
+        module.prepare(recipe, root, say)
+
+
+def _info(settings: Settings, launcher: Launcher) -> dict[str, Any]:
+    current = spec.code()
+    if not launcher.shares_tree:
+        spec.require_clean(current, settings.dirty)
+    return {"commit": current.commit, "dirty": current.dirty}
+
+
+def _launch(
+    run: Run, recipe: Recipe, launcher: Launcher, placement: Placement, info: dict[str, Any], settings: Settings
+) -> int:
+    view = run.view()
+    if view.lost:
+        with suppress(IllegalMove):
+            run.move(State.PREEMPTED, reason=f"lost: {view.lost}")
+    attempt = view.last.attempt + 1
+    try:
+        launcher.submit(run, recipe, attempt, placement, info)
+    except IllegalMove:  # submitted twice in the same moment
+        return _finish(_nothing_to_do(run, run.view()), run.id)
+    where = f"{launcher.name}, {placement.ranks} x {placement.device}, store {run.root}"
+    print(f"{run.id}: attempt {attempt} submitted to {where}", flush=True)
+    if settings.detach:
+        print(f"next: make status RUN={run.id}; make logs RUN={run.id}; make cancel RUN={run.id}")
+        return _finish(OK, run.id)
+    from jobs.follow import follow
+
+    return _finish(follow(run, attempt, launcher), run.id)
+
+
+def _nothing_to_do(run: Run, view: View) -> int:
+    if view.last.state == State.SUCCEEDED:
+        print(f"{run.id} is already done: {run.uri}")
+        print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}; a new run: FRESH=1")
+    else:
+        print(f"{run.id} is already {view.shown}; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
+    return OK
+
+
+def _dry(recipe: Recipe, root: str) -> int:
+    from jobs import plan
+
+    print(_yaml(recipe))
+    print(plan.render(plan.plan(recipe, root)))
+    print("nothing was submitted (DRY=1)")
+    return OK
+
+
+def _with_overrides(recipe: Recipe, settings: Settings) -> Recipe:
+    """The run's recipe with SET applied.  Raises UserError when that would change the result."""
+    if not settings.set:
+        return recipe
+    from core.config import load
+    from core.methods.base import complete
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(_yaml(recipe))
+        changed = complete(load(str(path), "", list(settings.set)))
+    if spec.run_id(changed) != spec.run_id(recipe):
+        raise UserError(
+            "SET: this changes what the run computes, so it would be another run: submit the recipe with it. "
+            "On resume only launch, loader, zero, checkpoint, log and evaluate can change"
+        )
+    return changed
+
+
+def _yaml(recipe: Recipe) -> str:
+    from core.config import to_yaml
+
+    return to_yaml(recipe)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _finish(code: int, run_id: str) -> int:
+    """The last line of standard output names the run: people script against it."""
+    print(f"run: {run_id}", flush=True)
+    return code

@@ -1,0 +1,104 @@
+"""One rank of one attempt: `python -m jobs.worker --run ID --store URI --attempt N`, whoever starts it.
+
+Reads the recipe from the run's record, joins the other ranks and trains. Rank 0 writes `running`, heartbeats, and
+`succeeded` or `preempted`. Exit codes: 0 finished, 75 preempted, 1 failed (with the reason on standard error).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from jobs.errors import BUG, OK, PREEMPTED, describe
+
+PR_SET_PDEATHSIG = 1
+
+
+class Stop:
+    """This rank's wish to stop at the next step boundary, set by a signal or by what the run's record says."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __call__(self) -> bool:
+        return self.wanted
+
+    def on_signal(self, signum: int, frame: object) -> None:
+        self.wanted = True
+
+    def because(self, reason: str) -> None:
+        if not self.wanted:
+            print(reason, flush=True)
+        self.wanted = True
+
+
+def main(arguments: list[str]) -> int:
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, stop.on_signal)
+    _die_with_parent()
+    parser = argparse.ArgumentParser(prog="jobs.worker")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        return work(options.run, options.store, options.attempt, stop)
+    except Exception as error:
+        sys.stdout.flush()
+        print(describe(error), file=sys.stderr, flush=True)
+        return BUG
+
+
+def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
+    """Train this rank's share; returns 0 or 75."""
+    import torch
+
+    from core.engine import init_distributed, pick_device, shutdown
+    from core.train import Outcome, train
+    from jobs.heartbeat import Heartbeat
+    from jobs.record import IllegalMove, Run, State
+
+    run = Run(root, run_id)
+    recipe = run.recipe()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = pick_device(recipe.launch.device)
+    init_distributed(device)
+    leader = int(os.environ["RANK"]) == 0
+    if leader:
+        ranks = int(os.environ["WORLD_SIZE"])
+        run.move(State.RUNNING, attempt, host=socket.gethostname(), ranks=ranks, device=device.type)
+    pulse = Heartbeat(run, attempt, stop.because) if leader else None
+    with pulse or nullcontext():
+        outcome = train(recipe, run.store, root, attempt, pulse.progress if pulse else _ignore, stop)
+    if leader:
+        state = State.SUCCEEDED if outcome is Outcome.FINISHED else State.PREEMPTED
+        with suppress(IllegalMove):  # cancelled meanwhile
+            run.move(state, attempt)
+    shutdown()
+    return OK if outcome is Outcome.FINISHED else PREEMPTED
+
+
+def _ignore(row: dict[str, Any]) -> None:
+    pass
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent ends, so that no rank outlives its launcher unseen."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    # Threads of a broken process group could hold up or abort a normal exit and hide the code.
+    os._exit(code) if code == BUG else sys.exit(code)

@@ -1,0 +1,138 @@
+"""Fixtures shared by all tests. Each stands alone: add others below under a heading of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults import FaultyProxy
+
+TOOLS = Path(__file__).parent / "tools"
+
+# ---- stores
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """An S3 server with an empty bucket: what a client's environment needs."""
+
+    env: dict[str, str]
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """moto's server in a thread of this process, on a free port of loopback."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
+    env = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys}
+    yield S3Server(env, make_bucket(env))
+    server.stop()
+
+
+@pytest.fixture
+def aws_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment in which no setting or credential of the person running the tests is seen."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
+    return monkeypatch
+
+
+@pytest.fixture
+def s3_server(moto: S3Server) -> S3Server:
+    """The server behind `bucket`; a module that tests another one overrides this."""
+    return moto
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, aws_env: pytest.MonkeyPatch) -> str:
+    """URI of a fresh prefix in a bucket, with the environment set so that this and child processes can use it."""
+    for name, value in s3_server.env.items():
+        aws_env.setenv(name, value)
+    return f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URI of an empty store, of each kind in turn."""
+    if request.param == "file":
+        return f"file://{tmp_path}/store"
+    uri: str = request.getfixturevalue("bucket")
+    return uri
+
+
+@pytest.fixture
+def proxy(bucket: str, aws_env: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What stands between `bucket` and its server in this test; plan faults on it."""
+    server = FaultyProxy(os.environ["AWS_ENDPOINT_URL"])
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    aws_env.setenv("AWS_ENDPOINT_URL", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between attempts last no time."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0)
+    monkeypatch.setattr("core.bucket.PAUSE_S", 0.0)
+
+
+def make_bucket(env: dict[str, str], name: str = "test-bucket") -> str:
+    import boto3
+
+    keys = {"aws_access_key_id": env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"]}
+    client = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], region_name=env["AWS_DEFAULT_REGION"], **keys)
+    client.create_bucket(Bucket=name)
+    return name
+
+
+@dataclass(frozen=True)
+class Ceph(S3Server):
+    """A Ceph gateway of our own, which tests may freeze and kill."""
+
+    folder: Path
+
+    def signal_gateway(self, number: signal.Signals) -> None:
+        os.kill(int((self.folder / "run" / "client.rgw.pid").read_text()), number)
+
+    def start_gateway(self) -> None:
+        subprocess.run(["radosgw", "-c", str(self.folder / "ceph.conf"), "-n", "client.rgw"], check=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A real S3 server on disk. Skipped without its Debian packages, except where CI=true."""
+    if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd")):
+        reason = "no Ceph gateway here: apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="s3-"))  # short: it holds sockets
+    try:
+        subprocess.run([TOOLS / "s3-up", folder, "--until", str(os.getpid())], check=True, timeout=180)
+        words = shlex.split((folder / "env").read_text())
+        env = dict(word.split("=", 1) for word in words if "=" in word)
+        yield Ceph(env, make_bucket(env), folder)
+    finally:
+        subprocess.run([TOOLS / "s3-down", folder, "--purge"], check=True, timeout=60)

@@ -1,0 +1,118 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.data.decode import CorruptImage, decode, to_tensor
+from core.data.source import DataError
+from tests.core.data.images import encode, pixels
+
+RGB = pixels(0)
+
+
+def chw(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_come_out_as_they_were(kind: str):
+    image = decode(encode(RGB, kind))
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, chw(RGB))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"quality": 60, "progressive": True}, {"subsampling": 0}])
+def test_jpegs_have_the_pixels_that_pillow_gives(mode: str, options: dict):
+    data = encode(Image.fromarray(RGB).convert(mode), **options)
+    want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert torch.equal(decode(data), chw(want))
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = RGB[..., 0]
+    image = decode(encode(grey, "PNG"))
+    assert image.shape == (3, 24, 32)
+    assert all(torch.equal(channel, torch.from_numpy(grey.copy())) for channel in image)
+
+
+def test_palette_is_looked_up():
+    picture = Image.fromarray(RGB).quantize(16)
+    assert torch.equal(decode(encode(picture, "PNG")), chw(np.asarray(picture.convert("RGB"))))
+
+
+def test_palette_with_transparency_is_read():
+    picture = Image.fromarray(RGB).quantize(16)
+    data = encode(picture, "PNG", transparency=b"\x00\xff" * 8)
+    assert torch.equal(decode(data), chw(np.asarray(picture.convert("RGB"))))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped(mode: str):
+    picture = Image.fromarray(RGB).convert(mode)
+    picture.putalpha(128)
+    want = Image.fromarray(RGB).convert(mode[:-1]).convert("RGB")
+    assert torch.equal(decode(encode(picture, "PNG")), chw(np.asarray(want)))
+
+
+def test_sixteen_bits_keep_the_upper_eight():
+    deep = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    assert decode(encode(deep, "PNG"))[0].tolist() == [[0, 0, 1, 128, 255]]
+
+
+def test_bilevel_is_black_and_white():
+    picture = Image.fromarray(RGB).convert("1")
+    assert set(decode(encode(picture, "PNG")).unique().tolist()) == {0, 255}
+
+
+def test_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert decode(encode(RGB, exif=exif)).shape == (3, 24, 32)
+
+
+JPEG = encode(RGB)
+PNG = encode(RGB, "PNG")
+BROKEN = {
+    "empty": b"",
+    "text": b"<html>404 not found</html>",
+    "half a JPEG": JPEG[: len(JPEG) // 2],
+    "JPEG header": JPEG[:20],
+    "half a PNG": PNG[: len(PNG) // 2],
+    "PNG with a damaged row": PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:],
+    "zeros": bytes(1000),
+    "postscript, which would start a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_image_is_corrupt(name: str):
+    with pytest.raises(CorruptImage) as caught:
+        decode(BROKEN[name])
+    assert isinstance(caught.value, DataError)
+    assert str(caught.value)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+    with pytest.raises(CorruptImage, match="12000 x 12000 pixels are more than"):
+        decode(bomb)
+
+
+def test_pixels_in_memory_are_rearranged():
+    assert torch.equal(to_tensor(RGB), chw(RGB))
+    assert torch.equal(to_tensor(RGB[..., 1]), chw(RGB)[1].expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("image", [RGB.astype(np.float32), RGB[None], RGB[..., :2]])
+def test_other_arrays_are_refused(image: np.ndarray):
+    with pytest.raises(CorruptImage, match="are not uint8"):
+        to_tensor(image)

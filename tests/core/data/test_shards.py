@@ -1,0 +1,211 @@
+import json
+import pickle
+import tarfile
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.cache import ShardCache
+from core.data.shards import write_shards
+from core.data.source import DataError, FolderSource, open_source
+from core.storage import FileStore, Store, crc32c, open_store
+from tests.core.data.images import jpeg
+
+Sample = tuple[str, bytes, str, int]
+
+
+def make(count: int = 10) -> list[Sample]:
+    return [(f"n0{i % 2}/img.{i}", jpeg(i), "JPG", i % 2) for i in range(count)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def write(store: Store, samples: list[Sample] | None = None, shard_bytes: int = 4000) -> dict[str, Any]:
+    return write_shards(samples or make(), store, "set", shard_bytes, ["cat", "dog"])
+
+
+def test_what_was_written_is_read_back(store: FileStore):
+    index = write(store)
+    source = open_source(f"{store.uri}/set")
+    assert len(source) == index["samples"] == 10
+    assert source.classes == ["cat", "dog"]
+    assert len(index["shards"]) > 2
+    assert source.shard_sizes.tolist() == [shard["samples"] for shard in index["shards"]]
+    for i, (_, data, _, label) in enumerate(make()):
+        assert source.read(i).data == data
+        assert source.read(i).label == source.label(i) == label
+
+
+def test_keys_come_from_the_index(store: FileStore):
+    write(store)
+    source = open_source(f"{store.uri}/set")
+    first = int(source.shard_sizes[0])
+    assert source.read(0).key == "shard-000000.tar:0"
+    assert source.read(first + 1).key == "shard-000001.tar:1"
+
+
+@pytest.mark.parametrize("i", [-1, 10])
+def test_samples_outside_are_refused(store: FileStore, i: int):
+    write(store)
+    with pytest.raises(IndexError):
+        open_source(f"{store.uri}/set").read(i)
+
+
+def test_shards_are_ordinary_tars_for_webdataset(store: FileStore):
+    write(store, [("a/b.c%", b"image", ".JPG", 1), ("x", b"other", "png", -1)])
+    with tarfile.open(store.root / "set/shard-000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+        assert {member.mtime for member in tar} == {0}
+    assert members == {"a/b%2Ec%25.jpg": b"image", "a/b%2Ec%25.cls": b"1", "x.png": b"other"}
+
+
+def test_long_and_foreign_names_are_kept(store: FileStore):
+    key = "\u00e9/" + "long" * 60
+    write(store, [(key, jpeg(3), "jpg", 0), ("y", jpeg(4), "jpg", 1)])
+    with tarfile.open(store.root / "set/shard-000000.tar", encoding="utf-8") as tar:
+        assert tar.getnames()[0] == f"{key}.jpg"
+    assert open_source(f"{store.uri}/set").read(1).data == jpeg(4)
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path):
+    for name in ("one", "two"):
+        write(FileStore(tmp_path / name))
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) > 5
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+
+
+def test_an_interrupted_write_is_no_data_set(store: FileStore):
+    def broken() -> Iterator[Sample]:
+        yield from make()
+        raise RuntimeError("disk gone")
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        write_shards(broken(), store, "set", 4000, ["cat", "dog"])
+    assert store.size("set/shard-000000.tar")
+    with pytest.raises(DataError, match="no index.json"):
+        open_source(f"{store.uri}/set")
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "message"), [("/etc/x", 0, "relative path"), ("", 0, "relative path"), ("a", 2, "label 2 is")]
+)
+def test_bad_keys_and_labels_are_refused(store: FileStore, key: str, label: int, message: str):
+    with pytest.raises(DataError, match=message):
+        write(store, [(key, b"", "jpg", label)])
+
+
+def test_a_key_cannot_climb_out_of_its_folder(store: FileStore):
+    write(store, [("../../x", b"image", "jpg", 0)])
+    with tarfile.open(store.root / "set/shard-000000.tar") as tar:
+        assert ".." not in tar.getnames()[0]
+
+
+def test_no_samples_are_an_error(store: FileStore):
+    with pytest.raises(DataError, match="no samples to write"):
+        write_shards([], store, "set", 4000, [])
+
+
+def edit(store: FileStore, change: dict[str, Any]) -> None:
+    store.put("set/index.json", json.dumps(json.loads(store.get("set/index.json")) | change).encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema 2 instead of 1"),
+        ({"samples": 11}, "do not fit"),
+        ({"shards": [{"name": "shard-000000"}]}, "do not fit"),
+        ({"shards": []}, "do not fit"),
+        ({"classes": None}, "do not fit"),
+    ],
+)
+def test_a_wrong_index_is_named(store: FileStore, change: dict[str, Any], message: str):
+    write(store)
+    edit(store, change)
+    with pytest.raises(DataError, match=message):
+        open_source(f"{store.uri}/set")
+
+
+def test_shard_names_from_the_index_cannot_point_elsewhere(store: FileStore):
+    index = write(store)
+    index["shards"][0]["name"] = "../../etc/passwd"
+    edit(store, {"shards": index["shards"]})
+    with pytest.raises(DataError, match="do not fit"):
+        open_source(f"{store.uri}/set")
+
+
+def test_an_index_that_is_no_json_is_named(store: FileStore):
+    write(store)
+    store.put("set/index.json", b"{")
+    with pytest.raises(DataError, match=r"set/index.json: not valid JSON"):
+        open_source(f"{store.uri}/set")
+
+
+def test_missing_and_cut_files_are_all_named_at_once(store: FileStore):
+    write(store)
+    store.delete("set/shard-000000.tar")
+    store.put("set/shard-000001.idx", b"short")
+    with pytest.raises(DataError, match=r"shard-000000.tar \(no bytes.*shard-000001.idx \(5 bytes"):
+        open_source(f"{store.uri}/set")
+
+
+@pytest.mark.parametrize("rows", [[[0, 1 << 40, 0]], [[-512, 100, 0]], [[0, 10, 0]]])
+def test_a_damaged_idx_is_found_when_it_is_read(store: FileStore, rows: list[list[int]]):
+    index = write(store, [("x", jpeg(0), "jpg", 0)], 10**9)
+    store.put("set/shard-000000.idx", np.array(rows, "<i8").tobytes())
+    if rows[0][1] != 10:  # a matching checksum: then the numbers themselves must be refused
+        index["shards"][0]["idx_crc32c"] = crc32c(store.get("set/shard-000000.idx"))
+        edit(store, {"shards": index["shards"]})
+    source = open_source(f"{store.uri}/set")
+    with pytest.raises(DataError, match=r"shard-000000.idx: (points outside|does not match)"):
+        source.read(0)
+
+
+def test_a_source_goes_to_another_process_without_its_open_files(store: FileStore):
+    write(store)
+    source = open_source(f"{store.uri}/set")
+    want = source.read(7)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(7) == want
+
+
+def test_a_foreign_index_json_leaves_the_folder_a_folder(store: FileStore):
+    store.put("index.json", b'{"images": 1}')
+    store.put("a.jpg", jpeg(0))
+    assert isinstance(open_source(store.uri), FolderSource)
+
+
+def test_a_spawned_process_reads_on(bucket: str, tmp_path: Path):
+    write(open_store(bucket))
+    source = open_source(f"{bucket}/set", ShardCache(tmp_path / "cache", 1 << 20))
+    source.read(0)
+    with get_context("spawn").Pool(1) as pool:
+        assert [raw.data for raw in pool.map(source.read, range(10))] == [data for _, data, _, _ in make()]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_shards_in_a_bucket_are_read_through_the_cache_or_by_ranges(bucket: str, tmp_path: Path, cached: bool):
+    write(open_store(bucket))
+    cache = ShardCache(tmp_path / "cache", 1 << 20) if cached else None
+    source = open_source(f"{bucket}/set", cache)
+    assert [source.read(i).data for i in range(10)] == [data for _, data, _, _ in make()]
+    files = [path for path in tmp_path.glob("cache/*") if path.is_file()]
+    assert len(files) == (len(source.shard_sizes) if cached else 0)
+
+
+def test_more_shards_than_the_cache_holds_are_read(bucket: str, tmp_path: Path):
+    index = write(open_store(bucket))
+    limit = max(shard["bytes"] for shard in index["shards"])
+    source = open_source(f"{bucket}/set", ShardCache(tmp_path / "cache", limit))
+    for _ in range(2):
+        assert [source.read(i).data for i in range(10)] == [data for _, data, _, _ in make()]
+    assert sum(path.stat().st_size for path in tmp_path.glob("cache/*") if path.is_file()) <= limit

@@ -1,0 +1,142 @@
+"""Finds the unit that a case tests, runs it on the product, and compares what comes out with what is recorded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.golden import units
+
+Check = tuple[str, Any, Any, float]  # array, got, want, tolerance
+
+
+class Case(Mapping[str, Any]):
+    """Arrays of one case by name; remembers which were looked at."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = dict(arrays)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def below(self, prefix: str) -> dict[str, Any]:
+        """Arrays whose names start with the prefix, under the rest of the name."""
+        return {key.removeprefix(prefix): self[key] for key in self if key.startswith(prefix)}
+
+
+Unit = Callable[[Case], Iterable[Check]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case."""
+
+    name: str
+    ok: bool
+    message: str
+    unread: tuple[str, ...] = ()  # recorded results that the unit never looked at
+
+    @property
+    def line(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.name}  {self.message}"
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """Case files in a folder and below, in order; a file stands for itself."""
+    if folder.is_file():
+        return [folder]
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".npz", ".json") and path.is_file())
+
+
+def load_case(path: Path) -> Case:
+    if path.suffix == ".json":
+        return Case(json.loads(path.read_text()))
+    with np.load(path, allow_pickle=False) as archive:
+        return Case({key: archive[key] for key in archive.files})
+
+
+def methods() -> dict[str, Any]:
+    """Unit modules by the name of their method."""
+    names = [module.name for module in pkgutil.iter_modules(units.__path__)]
+    return {name: importlib.import_module(f"{units.__name__}.{name}") for name in names}
+
+
+def find_unit(path: Path, case: Case) -> Unit | None:
+    """The unit whose name is the longest one that the file's name starts with.
+
+    The method is that of the nearest folder named after one (or starting with its name), else the one that knows the
+    case's array names.
+    """
+    known = methods()
+    for folder in path.resolve().parent.parts[::-1]:
+        for name in sorted(known, key=len, reverse=True):
+            if folder.startswith(name):
+                return _longest_prefix(path.stem, known[name].UNITS)
+    found = [_longest_prefix(path.stem, module.UNITS) for module in known.values() if module.claims(case)]
+    return next((unit for unit in found if unit is not None), None)
+
+
+def _longest_prefix(stem: str, registry: Mapping[str, Unit]) -> Unit | None:
+    names = [name for name in registry if stem.startswith(name)]
+    return registry[max(names, key=len)] if names else None
+
+
+def run_case(path: Path) -> Result:
+    """Run one case; whatever goes wrong is a failed result, never an exception."""
+    name = f"{path.resolve().parent.name}/{path.stem}"
+    try:
+        case = load_case(path)
+        unit = find_unit(path, case)
+        if unit is None:
+            return Result(name, False, "no unit known for this case")
+        checks = list(unit(case))
+        unread = tuple(key for key in case if key.startswith("out.") and key not in case.read)
+        return _judge(name, checks, unread)
+    except Exception as error:  # a case that cannot run is a failed case
+        return Result(name, False, f"{type(error).__name__}: {error}")
+
+
+def _judge(name: str, checks: list[Check], unread: tuple[str, ...]) -> Result:
+    if not checks:
+        return Result(name, False, "the unit compared nothing")
+    errors = [(deviation(got, want), tol, array) for array, got, want, tol in checks]
+    wrong = [f"{array} err {error:.0e} (tol {tol:g})" for error, tol, array in errors if not error <= tol]
+    if wrong:
+        return Result(name, False, ", ".join(wrong), unread)
+    error, tol, _ = max(errors, key=lambda item: item[0] / item[1] if item[1] else item[0])
+    return Result(name, True, f"max err {error:.0e} (tol {tol:g})", unread)
+
+
+def deviation(got: Any, want: Any) -> float:
+    """max |got - want| / max(1, |want|); infinite for another shape, other text, or a NaN on one side."""
+    got, want = _array(got), _array(want)
+    if got.shape != want.shape:
+        return float("inf")
+    if got.dtype.kind not in "iuf" or want.dtype.kind not in "iuf":
+        return 0.0 if np.array_equal(got, want) else float("inf")
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0.0, np.abs(got - want) / np.maximum(1.0, np.abs(want)))
+    error = np.where(np.isnan(error), np.inf, error)
+    return float(error.max(initial=0.0))
+
+
+def _array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)

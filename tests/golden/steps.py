@@ -1,0 +1,163 @@
+"""Whole training steps: the golden cases `train_steps` and `ddp2_train` through the method and an engine.
+
+In float64 through `core.plain` (the runner), and in float32 through `core.engine` at every ZeRO stage (the tests).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from core.comm import Comm
+from core.config import Train
+from core.engine import Engine
+from core.plain import PlainEngine
+from core.methods.base import Batch, Features, Info
+from core.methods.unic import Options, Unic
+from core.models.vit import set_drop_path
+from tests.ranks import run_ranks
+
+Case = dict[str, np.ndarray]
+Check = tuple[str, Any, Any, float]
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-4}  # of whole steps, from the folder's README
+
+
+class Recorded(Unic):
+    """UNIC with the recorded draws of teacher dropping."""
+
+    u_TB: Tensor
+
+    def draws(self, batch: Batch, teachers: int) -> Tensor:
+        return self.u_TB
+
+
+def train_steps(case: Case, stage: int | None = None) -> list[Check]:
+    results = [_run(case, None)] if stage is None else run_ranks(_run, 1, case, stage)
+    return _checks(case, results, [""], _dtype(stage))
+
+
+def ddp2_train(case: Case, stage: int | None = None) -> list[Check]:
+    world = int(case["hp.world_size"])
+    return _checks(case, run_ranks(_run, world, case, stage), [f".rank{r}" for r in range(world)], _dtype(stage))
+
+
+def _dtype(stage: int | None) -> torch.dtype:
+    return torch.float64 if stage is None else torch.float32
+
+
+def _run(case: Case, stage: int | None) -> dict[str, np.ndarray]:
+    """One rank: all steps of the case, at a ZeRO stage or (None) in plain float64. Arrays as the case's `out.*`."""
+    comm, dtype = Comm(torch.device("cpu")), _dtype(stage)
+    suffix = f".rank{comm.rank}" if "hp.world_size" in case else ""
+    names = [str(n) for n in case["in.teacher_order"]]
+    method, module = _build(case, names, suffix, comm.world)
+    groups, clip = method.param_groups(module.to(dtype)), method.per_parameter_clip
+    method.stats.to(dtype)
+    engine: Engine | PlainEngine = PlainEngine(module, groups, method.settings, comm, clip)
+    if stage is not None:
+        engine = Engine(module, groups, method.settings, zero_stage=stage, world=comm.world, per_parameter_clip=clip, device=comm.device)
+    engine.train(True)
+    out: dict[str, list[Any]] = {"loss": [], "loss_per_image": [], "lr": [], "momentum": [], "coeff_sum": []}
+    for step in range(method.steps):
+        images = _tensor(case[f"in.image.{step}{suffix}"]).to(dtype)
+        method.u_TB = torch.from_numpy(case[f"in.u{suffix}"][step])
+        features = {t: Features(*(_tensor(case[f"in.teacher.{t}.{token}.{step}{suffix}"]).to(dtype) for token in ("cls", "patch")))
+                    for t in names}  # fmt: skip
+        batch = Batch({"image": images}, torch.arange(len(images)), 0, 0, comm.rank)
+        targets = method.targets(features, batch)
+        loss, report = method.losses(engine.forward(batch.views), targets, batch)
+        engine.backward(loss)
+        values = method.schedules(step)
+        engine.step(values["lr"])
+        method.after_step(step, comm)
+        for key, value in (("loss", loss), ("loss_per_image", report["loss_per_image"]), ("lr", values["lr"]),
+                           ("momentum", values["tnorm_ema_momentum"]), ("coeff_sum", report["t_coeff"])):  # fmt: skip
+            out[key].append(np.asarray(value.detach() if isinstance(value, Tensor) else value))
+    results = {key: np.stack(value) for key, value in out.items()}
+    for key, value in method.state().items():
+        teacher, token, kind = key.replace("/", ".").split(".")
+        results[f"stat.{teacher}.{token}.{kind}"] = value.numpy()
+    return results | {f"final.{k}": v for k, v in _final(engine, comm).items()}
+
+
+def _build(case: Case, names: list[str], suffix: str, world: int) -> tuple[Recorded, nn.Module]:
+    params = {k.removeprefix("param."): _tensor(v) for k, v in case.items() if k.startswith("param.")}
+    images = case[f"in.image.0{suffix}"]
+    patch, dim, depth = int(case["hp.patch"]), params["encoder.cls_token"].shape[-1], int(case["hp.depth"])
+    size = images.shape[-1]
+    mlp = params["encoder.blocks.0.0.mlp.fc1.weight"].shape[0] / dim
+    vit = VisionTransformer(size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=int(case["hp.heads"]), mlp_ratio=mlp)
+    set_drop_path(vit, 0.0)
+    grid = (size // patch, size // patch)
+    info = Info("student", dim, depth, patch, grid, 1, has_cls=True, is_vit=True)
+    infos = {t: Info(t, int(d), 0, patch, grid, 1, has_cls=True, is_vit=True)
+             for t, d in zip(names, case["in.teacher_dims"], strict=True)}  # fmt: skip
+    widths = {b: params[f"lp.heads.{names[0]}.cls.{b}.layers.0.weight"].shape[0] for b in range(depth)}
+    method = Recorded(Options(hidden=widths[0], last_hidden=widths[depth - 1], drop=_hp(case, "t_drop_prob", 0.5),
+                              lambda_cos=_hp(case, "lam_cos", 0.5), lambda_sl1=_hp(case, "lam_sl1", 0.5),
+                              momentum=tuple(case.get("hp.momentum_start_end", (1.0, 0.001)))),
+                      *_settings(case, len(images), world))  # fmt: skip
+    module = method.build(vit, info, infos)
+    renamed = {k.replace("encoder.blocks.0.", "encoder.blocks."): v for k, v in params.items() if k != "encoder.mask_token"}
+    module.load_state_dict(renamed, strict=True)
+    return method, module
+
+
+def _settings(case: Case, images: int, world: int) -> tuple[Train, int]:
+    per_epoch = int(_hp(case, "iters_per_epoch", 1))
+    steps = int(_hp(case, "steps", 0)) or int(case["hp.epochs"]) * per_epoch
+    betas = tuple(float(b) for b in case.get("hp.betas", (0.9, 0.99)))
+    return Train(batch=images * world, micro_batch=images, lr=_hp(case, "lr"), lr_batch=0, min_lr=_hp(case, "min_lr"),
+                 warmup_steps=int(_hp(case, "warmup_epochs", 0)) * per_epoch, weight_decay=_hp(case, "wd"), betas=betas,
+                 eps=_hp(case, "eps", 1e-8), clip=_hp(case, "clip", 0.0), precision="fp32"), steps  # fmt: skip
+
+
+def _final(engine: Engine | PlainEngine, comm: Comm) -> dict[str, np.ndarray]:
+    """Every parameter under its released name, put together from all ranks' fragments."""
+    if isinstance(engine, PlainEngine):
+        return {n.replace("encoder.blocks.", "encoder.blocks.0."): p.detach().numpy() for n, p in engine.module.named_parameters()}
+    full = {name: torch.zeros(shape).flatten() for name, shape in engine.shapes.items()}
+    for f in engine.fragments():
+        full[f.name][f.start : f.start + f.numel] = f.view("weight") / (comm.world if engine.replicated else 1)
+    tensors = {n: comm.sum(t).view(engine.shapes[n]) for n, t in full.items()} | engine.frozen
+    return {n.replace("encoder.blocks.", "encoder.blocks.0."): t.numpy() for n, t in tensors.items()}
+
+
+def _checks(case: Case, ranks: list[dict[str, np.ndarray]], suffixes: list[str], dtype: torch.dtype) -> list[Check]:
+    checks: list[Check] = []
+    tolerance = TOLERANCES[dtype]
+    for key, want in case.items():
+        if not key.startswith("out."):
+            continue
+        name = key.removeprefix("out.")
+        rank = next((r for r, suffix in enumerate(suffixes) if suffix and name.endswith(suffix)), 0)
+        name = name.removesuffix(suffixes[rank]) if suffixes[rank] else name
+        got = ranks[rank]
+        if name == "final.encoder.mask_token":  # unused in the release; the timm student has none, so it cannot move
+            checks.append((key, case["param.encoder.mask_token"], want, tolerance))
+        elif name in ("final_sum", "final_sumsq"):
+            power = 2 if name.endswith("sq") else 1
+            known = [(i, str(n)) for i, n in enumerate(case["out.final_names"]) if f"final.{n}" in got]
+            sums = np.array([(got[f"final.{n}"].astype(np.float64) ** power).sum() for _, n in known])
+            checks.append((key, sums, want[[i for i, _ in known]], tolerance))
+        elif name.startswith("stat."):
+            checks.append((key, got[name].reshape(want.shape), want, tolerance))
+        elif name in got:
+            checks.append((key, got[name], want, tolerance))
+        elif name != "final_names":
+            checks.append((key, np.array(np.nan), want, tolerance))  # an array that nothing answers for fails
+    return checks
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float32).copy())
+
+
+def _hp(case: Case, name: str, default: float | None = None) -> float:
+    value = case.get(f"hp.{name}", default)
+    assert value is not None, f"the case lacks hp.{name}"
+    return float(value)

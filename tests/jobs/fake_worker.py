@@ -1,0 +1,109 @@
+"""Stands in for jobs.worker where what watches ranks is tested: does what its first argument says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from jobs.record import IllegalMove, Run, State  # noqa: E402
+
+PATIENCE_S = 60.0
+RANK = int(os.environ["RANK"])
+
+
+class FakeWorker:
+    def __init__(self, run: Run, attempt: int) -> None:
+        self.run, self.attempt, self.asked = run, attempt, 0
+
+    def ok(self) -> int:
+        self._say(State.RUNNING)
+        if RANK == 0:
+            self.run.beat({"stage": "main", "step": 5, "steps": 10, "images_per_s": 12.0}, self.attempt)
+        self._say(State.SUCCEEDED)
+        return 0
+
+    def fail(self) -> int:
+        """Rank 1 fails; the others do not end by themselves, nor when they are asked to."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._say(State.RUNNING)
+        if RANK == 1:
+            print(f"ValueError: broken, key {os.environ.get('AWS_SECRET_ACCESS_KEY', '')}", flush=True)
+            return 1
+        time.sleep(PATIENCE_S)
+        return 0
+
+    def killed(self) -> int:
+        self._say(State.RUNNING)
+        if RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(PATIENCE_S)
+        return 0
+
+    def vanish(self) -> int:
+        self._say(State.RUNNING)
+        return 0
+
+    def abort_at_exit(self) -> int:
+        self.ok()
+        os.abort()
+
+    def preempted_once(self) -> int:
+        if self.attempt > 1:
+            return self.ok()
+        self._say(State.RUNNING)
+        self._say(State.PREEMPTED)
+        return 75
+
+    def wait(self) -> int:
+        """Runs until a signal comes, saves and leaves."""
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(signum, self._ask)
+        self._say(State.RUNNING)
+        limit = time.monotonic() + PATIENCE_S
+        while not self.asked and time.monotonic() < limit:
+            time.sleep(0.02)
+        print(f"asked by {signal.Signals(self.asked).name}", flush=True)
+        self._say(State.PREEMPTED)
+        return 75
+
+    def deaf(self) -> int:
+        """Runs and does not know what a signal is."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._say(State.RUNNING)
+        time.sleep(PATIENCE_S)
+        return 0
+
+    def environment(self) -> int:
+        print(json.dumps(dict(os.environ)), flush=True)
+        return self.ok()
+
+    def _ask(self, signum: int, frame: object) -> None:
+        self.asked = signum
+
+    def _say(self, state: State) -> None:
+        if RANK == 0:
+            with suppress(IllegalMove):
+                self.run.move(state, self.attempt)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("deed")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    options = parser.parse_args()
+    code: int = getattr(FakeWorker(Run(options.store, options.run), options.attempt), options.deed)()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

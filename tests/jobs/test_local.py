@@ -1,0 +1,147 @@
+"""Runs on this machine through the launcher: a supervisor process that outlives the one that submitted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.config import from_yaml, load
+from jobs import cli, launchers, process
+from jobs.errors import UserError
+from jobs.follow import follow
+from jobs.launchers import local
+from jobs.launchers.local import Local
+from jobs.placement import Placement
+from jobs.record import IllegalMove, Run, State
+from tests.jobs.conftest import end_supervisor, fake_worker
+
+MakeRun = Callable[..., Run]
+LIMIT_S = 30.0
+TWO = Placement(2, "cpu", 1)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def submit(run: Run, recipe: Path, deed: str) -> Local:
+    launcher = Local(fake_worker(deed))
+    launcher.submit(run, load(str(recipe)), run.last().attempt + 1, TWO, {"commit": "abc"})
+    return launcher
+
+
+def test_a_submitted_run_is_worked_on_by_another_session(new_run: MakeRun, tiny_recipe: Path) -> None:
+    run = new_run()
+    launcher = submit(run, tiny_recipe, "wait")
+    queued = run.handle(run.last())
+    assert queued["launcher"] == "local"
+    assert (queued["ranks"], queued["commit"]) == (2, "abc")
+    assert os.getsid(queued["pid"]) == queued["pid"] != os.getsid(0)
+    wait_until(lambda: run.last().state == State.RUNNING)
+    assert launcher.alive(queued) is True
+    assert launcher.cancel(queued)
+    wait_until(lambda: not launcher.alive(queued))
+    assert run.last().state == State.PREEMPTED
+
+
+def test_following_a_run_shows_progress_and_ends_with_it(
+    new_run: MakeRun, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    launcher = submit(run, tiny_recipe, "ok")
+    assert follow(run, 1, launcher, poll_s=0.05) == 0
+    out = capsys.readouterr().out
+    assert f"{run.id} succeeded" in out
+
+
+def test_following_a_failure_gives_its_reason(
+    new_run: MakeRun, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    launcher = submit(run, tiny_recipe, "killed")
+    assert follow(run, 1, launcher, poll_s=0.05) == 1
+    out = capsys.readouterr().out
+    assert "killed by SIGKILL" in out
+    assert f"make logs RUN={run.id}" in out
+
+
+def test_the_recipe_of_the_newest_attempt_is_the_one_in_the_record(new_run: MakeRun, tiny_recipe: Path) -> None:
+    run = new_run(recipe="name: old\n")
+    submit(run, tiny_recipe, "ok")
+    assert from_yaml(run.store.get("recipe.yaml").decode()).name == "tiny"
+
+
+def test_the_loser_of_two_submissions_starts_and_changes_nothing(new_run: MakeRun, tiny_recipe: Path) -> None:
+    run = new_run(recipe="name: old\n")
+    run.move(State.QUEUED, 1)
+    launcher = Local(fake_worker("ok"))
+    with pytest.raises(IllegalMove):
+        launcher.submit(run, load(str(tiny_recipe)), 1, TWO, {})
+    assert run.store.get("recipe.yaml") == b"name: old\n"
+    assert [t.state for t in run.transitions()] == ["created", "queued"]
+
+
+def test_a_supervisor_killed_with_its_ranks_leaves_a_lost_run_that_can_be_resumed(
+    new_run: MakeRun, tiny_recipe: Path
+) -> None:
+    run = new_run()
+    submit(run, tiny_recipe, "wait")
+    wait_until(lambda: run.last().state == State.RUNNING)
+    end_supervisor(run)
+    wait_until(lambda: run.view().shown == "lost")
+    run.move(State.PREEMPTED, reason="lost")
+    assert follow(run, 2, submit(run, tiny_recipe, "ok"), poll_s=0.05) == 0
+
+
+def test_cancel_stops_the_ranks_and_says_so(
+    new_run: MakeRun, tiny_recipe: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    submit(run, tiny_recipe, "wait")
+    wait_until(lambda: run.last().state == State.RUNNING)
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert "ended" in capsys.readouterr().out
+    assert run.last().state == State.CANCELLED
+    assert process.alive(run.handle(run.last())) is False
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert "already cancelled" in capsys.readouterr().out
+
+
+def test_a_run_cancelled_before_its_ranks_are_up_never_runs(new_run: MakeRun, tiny_recipe: Path, root: str) -> None:
+    run = new_run()
+    launcher = submit(run, tiny_recipe, "wait")
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert not launcher.alive(run.handle(run.last()))
+    assert run.last().state == State.CANCELLED
+
+
+def test_a_finished_run_cannot_be_cancelled(new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run()
+    for state in (State.QUEUED, State.RUNNING, State.SUCCEEDED):
+        run.move(state, 1)
+    assert cli.main(["cancel", run.id, "--store", root]) == 2
+    assert "already succeeded" in capsys.readouterr().err
+
+
+def test_a_signal_to_another_process_of_the_same_number_is_not_sent(new_run: MakeRun) -> None:
+    info = process.identity(os.getpid())
+    assert not Local().cancel({**info, "born": 1})
+    assert not process.send({**info, "host": "elsewhere"}, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("name", "words"), [("slurm", "not built"), ("ray", "not built"), ("lcal", "mean local")])
+def test_launchers_that_are_not_there_say_so(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        launchers.find(name)
+
+
+def test_auto_means_local() -> None:
+    assert launchers.find("auto") is local.LAUNCHER
