@@ -26,6 +26,7 @@ class StageCost:
     student_params: int
     head_params: int
     teacher_params: dict[str, int]
+    activation_units: float  # tokens x width x blocks of the student, per image
 
     @property
     def step(self) -> float:
@@ -75,7 +76,8 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
             teachers[key] = network_flops(model, infos[key], infos[key].grid[0] * infos[key].patch)
             teacher_params[key] = _params(model)
         everything = _params(method.build(student, info, infos))
-    return StageCost(cost, method.head_flops(info, infos), teachers, own, everything - own, teacher_params)
+    units = (info.grid[0] * info.grid[1] + info.prefix) * info.dim * info.depth
+    return StageCost(cost, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units))
 
 
 def _params(module: nn.Module) -> int:

@@ -51,10 +51,11 @@ class Settings:
 
     def load_recipe(self) -> Recipe:
         """The recipe resolved with profile and overrides, its method's options checked.  Raises ConfigError."""
+        name = self.need("recipe")
         from core.config import load
         from core.methods.base import complete
 
-        return complete(load(self.need("recipe"), self.profile, list(self.set)))
+        return complete(load(name, self.profile, list(self.set)))
 
     def root(self, recipe: Recipe | None = None) -> str:
         """URI of the store: SET, then --store, the recipe, RETORT_STORE, and a folder under the current one."""

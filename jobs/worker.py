@@ -58,15 +58,16 @@ def main(arguments: list[str]) -> int:
 
 def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
     """Train this rank's share; returns 0 or 75."""
+    from jobs.heartbeat import Heartbeat
+    from jobs.record import IllegalMove, Run, State
+
+    run = Run.find(root, run_id)
+    recipe = run.recipe()
     import torch
 
     from core.engine import init_distributed, pick_device, shutdown
     from core.train import Outcome, train
-    from jobs.heartbeat import Heartbeat
-    from jobs.record import IllegalMove, Run, State
 
-    run = Run(root, run_id)
-    recipe = run.recipe()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = pick_device(recipe.launch.device)
     init_distributed(device)

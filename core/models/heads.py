@@ -124,5 +124,9 @@ class Ladder(nn.Module):
 def _second_layers(hidden: Sequence[Tensor], projectors: Sequence[Projector]) -> Tensor:
     """Sum over blocks of the second layers, as one product over the concatenated hidden units."""
     weight = torch.cat([p.second.weight for p in projectors], dim=1)
-    bias = torch.stack([p.second.bias for p in projectors]).sum(0)
+    # Added one by one: through stack().sum() all biases would get views of one gradient, and accumulating micro-batches
+    # in place would count it once per block.
+    bias = projectors[0].second.bias
+    for projector in projectors[1:]:
+        bias = bias + projector.second.bias
     return F.linear(torch.cat(list(hidden), dim=-1), weight, bias)

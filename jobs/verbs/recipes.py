@@ -39,6 +39,6 @@ def plan(settings: Settings) -> int:
     from jobs import plan as planner
 
     recipe = settings.load_recipe()
-    facts = planner.plan(recipe, settings.root(recipe))
+    facts = planner.plan(recipe, settings.root(recipe), settings.gpu or "h100", settings.gpus)
     print(json.dumps(facts, indent=1) if settings.json else planner.render(facts))
     return OK

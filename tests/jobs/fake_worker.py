@@ -30,9 +30,13 @@ class FakeWorker:
         self._say(State.SUCCEEDED)
         return 0
 
-    def fail(self) -> int:
-        """Rank 1 fails; the others do not end by themselves, nor when they are asked to."""
+    def stubborn(self) -> int:
+        """Rank 1 fails; the others do not end when they are asked to."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return self.fail()
+
+    def fail(self) -> int:
+        """Rank 1 fails; the others do not end by themselves."""
         self._say(State.RUNNING)
         if RANK == 1:
             print(f"ValueError: broken, key {os.environ.get('AWS_SECRET_ACCESS_KEY', '')}", flush=True)

@@ -126,7 +126,8 @@ def settings(*arguments: str, **environment: str) -> Settings:
 
 
 def test_options_come_from_variables_and_arguments_win() -> None:
-    both = settings("submit", "demo", "--profile", "smoke", RECIPE="other", PROFILE="x", LAUNCHER="local", DRY="1", DETACH="")
+    variables = {"RECIPE": "other", "PROFILE": "x", "LAUNCHER": "local", "DRY": "1", "DETACH": ""}
+    both = settings("submit", "demo", "--profile", "smoke", **variables)
     assert (both.recipe, both.profile, both.launcher, both.dry, both.detach) == ("demo", "smoke", "local", True, False)
     assert settings("logs", RUN="demo-1", TAIL="7").tail == 7
 

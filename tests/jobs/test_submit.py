@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from core.config import from_yaml
+from core.storage import open_store
 from jobs import cli, spec
 from jobs.errors import UserError
 from jobs.launchers import local
@@ -161,14 +162,14 @@ def test_resume_refuses_what_would_be_another_run(
     assert run.last().attempt == 1
 
 
-def test_a_dry_run_prints_recipe_and_plan_and_changes_nothing(command: Command, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_recipe_and_plan_and_submits_nothing(command: Command, tiny_recipe: Path, root: str) -> None:
     code, out, error = command("submit", str(tiny_recipe), "--dry", "--set", "train.lr=0.125")
     assert code == 0, error
     run_of(out)
     shown = out[: out.index("\n\n")]
     assert from_yaml(shown).train.lr == 0.125
     assert "nothing was submitted" in out
-    assert not (tmp_path / "store").exists()
+    assert list(open_store(root).list()) == []
 
 
 def test_all_that_is_missing_is_named_at_once(
@@ -189,12 +190,13 @@ def test_all_that_is_missing_is_named_at_once(
     assert code == 3
     assert "9 things are missing" in error
     for what in (
-        "cuda needs 2 GPUs", "data.source is not set", "data.heldout: there is no folder", "evaluate.train: there is no",
-        "teachers.hub.weights: the weights timm/vit_tiny_patch16_224", "HF_HUB_OFFLINE", "teachers.other.weights",
-        "teachers.bytes.weights: there is no file", "teachers.run.weights: run demo-1 is not in", "student.weights",
+        "cuda needs 2 GPUs", "data.source is not set", "data.heldout: there is no folder",
+        "evaluate.train: there is no", "teachers.hub.weights: the weights timm/vit_tiny_patch16_224", "HF_HUB_OFFLINE",
+        "teachers.other.weights", "teachers.bytes.weights: there is no file", "student.weights",
+        "teachers.run.weights: run demo-1 is not in",
     ):  # fmt: skip
         assert what in error
-    for how in ("make shards", 'SET="data.source=', "hf download someone/model", "s3://", "PROFILE=smoke", "make status"):
+    for how in ("make shards", 'SET="data.source=', "hf download someone/model", "s3://", "PROFILE=smoke"):
         assert how in error
     assert Run.list(root) == []
 
@@ -203,7 +205,8 @@ def test_a_store_that_cannot_be_written_is_named_among_the_rest(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    code = cli.main(["submit", str(tiny_recipe), "--store", f"file://{tmp_path}/file", "--set", "data.source=''"])
+    tiny_recipe.write_text(tiny_recipe.read_text().replace("source: ", "heldout: "))
+    code = cli.main(["submit", str(tiny_recipe), "--store", f"file://{tmp_path}/file"])
     error = capsys.readouterr().err
     assert code == 3
     assert "store: " in error
@@ -212,9 +215,14 @@ def test_a_store_that_cannot_be_written_is_named_among_the_rest(
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [("train.stepz=1", "train.steps"), ("zero.stage=7", "zero.stage"), ("launch.ranks=3", "allowed: 1, 2"), ("method.options.hiden=1", "hidden")],
-)  # fmt: skip
-def test_wrong_settings_are_user_errors_with_the_fix(command: Command, tiny_recipe: Path, change: str, words: str) -> None:
+    [
+        ("train.stepz=1", "train.steps"),
+        ("zero.stage=7", "zero.stage"),
+        ("launch.ranks=3", "allowed: 1, 2"),
+        ("method.options.hiden=1", "hidden"),
+    ],
+)
+def test_wrong_settings_are_user_errors(command: Command, tiny_recipe: Path, change: str, words: str) -> None:
     code, out, error = command("submit", str(tiny_recipe), "--set", change)
     assert code == 2
     assert words in error

@@ -60,6 +60,12 @@ def test_a_failing_rank_ends_the_others_and_its_words_are_the_reason(
     assert "very-secret-value" not in last.info["reason"]
 
 
+def test_ranks_that_do_not_end_beside_a_failed_one_are_killed(new_run: MakeRun, tmp_path: Path) -> None:
+    run = new_run()
+    assert supervisor(run, "stubborn", tmp_path).work(1) == 1
+    assert "rank 1: exit code 1" in run.last().info["reason"]
+
+
 def test_a_rank_killed_from_outside_fails_the_run(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
     assert supervisor(run, "killed", tmp_path).work(1) == 1

@@ -85,7 +85,7 @@ BROKEN = {
     "half a PNG": PNG[: len(PNG) // 2],
     "PNG with a damaged row": PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:],
     "zeros": bytes(1000),
-    "postscript, which would start a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "a format beyond the plain ones": encode(RGB, "PCX"),  # as PostScript, for which Pillow starts a program
 }
 
 

@@ -202,6 +202,25 @@ def test_shards_in_a_bucket_are_read_through_the_cache_or_by_ranges(bucket: str,
     assert len(files) == (len(source.shard_sizes) if cached else 0)
 
 
+class Crowded(ShardCache):
+    """Every second file is dropped by somebody else before it can be opened."""
+
+    calls = 0
+
+    def fetch(self, store: Store, key: str, size: int, crc: int) -> Path:
+        path = super().fetch(store, key, size, crc)
+        self.calls += 1
+        if self.calls % 2:
+            path.unlink()
+        return path
+
+
+def test_a_shard_dropped_before_it_was_opened_is_fetched_again(bucket: str, tmp_path: Path):
+    write(open_store(bucket))
+    source = open_source(f"{bucket}/set", Crowded(tmp_path / "cache", 1 << 20))
+    assert [source.read(i).data for i in range(10)] == [data for _, data, _, _ in make()]
+
+
 def test_more_shards_than_the_cache_holds_are_read(bucket: str, tmp_path: Path):
     index = write(open_store(bucket))
     limit = max(shard["bytes"] for shard in index["shards"])

@@ -130,3 +130,17 @@ def test_every_parameter_is_declared_as_read_from_outside_its_module() -> None:
 def test_bfloat16_weights_and_taps_work_without_autocast() -> None:
     out = ladder().bfloat16()([tap.bfloat16() for tap in taps()])
     assert out["a_teacher"]["patch"].dtype == torch.bfloat16
+
+
+def test_gradients_accumulate_over_micro_batches_for_every_parameter() -> None:
+    ladder = Ladder(6, {"a": 5, "b": 4}, [0, 1, 2], 3, hidden=7, last_hidden=8)
+    taps = [torch.randn(2, 4, 6) for _ in range(4)]
+
+    def backward() -> None:
+        sum(out[kind].square().sum() for out in ladder(taps).values() for kind in ("cls", "patch")).backward()
+
+    backward()
+    once = {name: p.grad.clone() for name, p in ladder.named_parameters()}
+    backward()
+    for name, p in ladder.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[name], msg=name)

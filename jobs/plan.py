@@ -1,0 +1,99 @@
+"""What a recipe will cost, before anything is queued: parameters, FLOPs, memory per GPU, hours, bytes, what is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from core.config import ConfigError, nearest
+from jobs.table import table
+
+if TYPE_CHECKING:
+    from core.config import Recipe, Train
+    from core.flops import StageCost
+
+# Dense bf16 peak in TFLOP/s and memory in GB, from the makers' data sheets.
+GPUS = {"h100": (989.0, 80), "h200": (989.0, 141), "a100": (312.0, 80), "v100": (125.0, 32), "rtx4090": (165.0, 24)}
+MFU = 0.5  # share of the peak that an excellent run reaches; GPU-hours scale with its inverse
+IMAGENET = 1_281_167  # samples assumed when the data are not there yet
+ACTIVATION_BYTES = 34  # per token, channel and block, with fused attention, in bf16
+MIB, GB, HOUR = 2**20, 1e9, 3600.0
+
+
+def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0) -> dict[str, Any]:
+    """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8).  Raises ConfigError."""
+    if gpu not in GPUS:
+        raise ConfigError(f"GPU: {gpu!r} is not known{nearest(gpu, list(GPUS))} (known: {', '.join(GPUS)})")
+    from core.flops import stage_cost
+    from jobs import inputs
+    from jobs.placement import gpu_count
+
+    count = gpus or recipe.launch.ranks or 8
+    samples, known = _samples(recipe, root)
+    stages = []
+    for name in recipe.stage_names():
+        cost = stage_cost(recipe, name)
+        stages.append(_stage(recipe, name, cost, samples, gpu, count))
+    return {
+        "recipe": recipe.name, "gpu": gpu, "gpus": count, "mfu": MFU, "samples": samples, "samples_known": known,
+        "student": recipe.student.name, "teachers": {k: t.name for k, t in sorted(recipe.teachers.items())},
+        "stages": stages, "gpu_hours": sum(s["gpu_hours"] for s in stages),
+        "missing": [f"{m.what}\n    -> {m.how}" for m in inputs.missing(recipe, root, gpu_count())],
+    }  # fmt: skip
+
+
+def _samples(recipe: Recipe, root: str) -> tuple[int, bool]:
+    from core.data.source import open_source
+    from core.storage import StoreError, resolve
+
+    try:
+        return len(open_source(resolve(recipe.data.source, root))), True
+    except (ValueError, StoreError):
+        return IMAGENET, False
+
+
+def _stage(recipe: Recipe, name: str, cost: StageCost, samples: int, gpu: str, gpus: int) -> dict[str, Any]:
+    settings = recipe.stage(name)
+    per_epoch = samples // settings.batch
+    steps = settings.steps or settings.epochs * per_epoch
+    images = steps * settings.batch
+    trainable = cost.student_params + cost.head_params
+    return {
+        "stage": name, "img_size": settings.img_size, "steps": steps, "images": images, "batch": settings.batch,
+        "student_params": cost.student_params, "head_params": cost.head_params, "teacher_params": cost.teacher_params,
+        "student_flops": cost.student, "head_flops": cost.heads, "teacher_flops": cost.teachers, "step_flops": cost.step,
+        "gpu_hours": images * cost.step / (GPUS[gpu][0] * 1e12 * MFU) / HOUR,
+        "images_per_s_per_gpu": GPUS[gpu][0] * 1e12 * MFU / cost.step,
+        "memory_gb": {stage: _memory(settings, cost, trainable, gpus, stage) / GB for stage in (0, 1, 2, 3)},
+        "checkpoint_bytes": 12 * trainable,
+        "checkpoint_writes": -(-steps // recipe.checkpoint.every_steps),
+    }  # fmt: skip
+
+
+def _memory(settings: Train, cost: StageCost, trainable: int, gpus: int, zero: int) -> float:
+    """Bytes per GPU: weights, gradients, fp32 master copy and moments cut by ZeRO; teachers; activations (estimate)."""
+    width = 2 if settings.precision == "bf16" else 4
+    cut = [1, 1, 1] if zero == 0 else [gpus if zero >= part else 1 for part in (3, 2, 1)]
+    states = trainable * (width / cut[0] + width / cut[1] + 12 / cut[2])
+    activations = settings.micro_batch * cost.activation_units * ACTIVATION_BYTES * width / 2
+    return states + width * sum(cost.teacher_params.values()) + activations
+
+
+def render(facts: dict[str, Any]) -> str:
+    lines = [f"plan of {facts['recipe']} on {facts['gpus']} x {facts['gpu']} at {facts['mfu']:.0%} MFU",
+             f"student {facts['student']}; teachers {', '.join(facts['teachers'].values()) or 'none'}"]  # fmt: skip
+    note = "" if facts["samples_known"] else " (assumed: the data are not there yet)"
+    lines.append(f"{facts['samples']:,} training images{note}")
+    rows = [[
+        s["stage"], str(s["img_size"]), f"{s['steps']:,}", f"{s['student_params'] / 1e6:.2f} M", f"{s['head_params'] / 1e6:.2f} M",
+        f"{sum(s['teacher_params'].values()) / 1e6:.1f} M", f"{s['student_flops'] / 1e9:.3g}", f"{s['head_flops'] / 1e9:.3g}",
+        f"{sum(s['teacher_flops'].values()) / 1e9:.3g}", f"{s['step_flops'] / 1e9:.4g}", f"{s['images_per_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.3g}",
+    ] for s in facts["stages"]]  # fmt: skip
+    lines += ["", table(["stage", "px", "steps", "student", "heads", "teachers", "student GF/img", "heads GF", "teachers GF",
+                         "step GF/img", "img/s/GPU", "GPU-hours"], rows)]  # fmt: skip
+    memory = [[s["stage"], *(f"{s['memory_gb'][z]:.2f}" for z in (0, 1, 2, 3)), f"{s['checkpoint_bytes'] / MIB:,.1f} MiB",
+               f"{s['checkpoint_writes']:,}"] for s in facts["stages"]]  # fmt: skip
+    lines += ["", "memory per GPU in GB (activations estimated), by ZeRO stage, and checkpoints",
+              table(["stage", "0", "1", "2", "3", "checkpoint", "times"], memory)]  # fmt: skip
+    lines += ["", f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours"]
+    lines += ["", "missing:", *(f"  {m}" for m in facts["missing"])] if facts["missing"] else ["", "nothing is missing"]
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Ranks, device and threads of a run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from core.config import Launch, Recipe, Train
+from jobs.errors import UserError
+from jobs.placement import allowed_ranks, place
+
+
+Stages = dict[str, dict[str, int]]
+
+
+def recipe(batch: int = 64, micro_batch: int = 8, stages: Stages | None = None, **launch: object) -> Recipe:
+    settings = Launch(**launch)  # type: ignore[arg-type]
+    return Recipe(train=Train(batch=batch, micro_batch=micro_batch), stages=stages or {}, launch=settings)
+
+
+def test_ranks_share_the_micro_batches_of_every_stage() -> None:
+    assert allowed_ranks(recipe(64, 8)) == [1, 2, 4, 8]
+    assert allowed_ranks(recipe(64, 8, {"a": {}, "b": {"batch": 96}})) == [1, 2, 4]
+
+
+def test_a_number_that_does_not_fit_is_refused_with_those_that_do() -> None:
+    with pytest.raises(UserError, match="3 ranks .* allowed: 1, 2, 4, 8"):
+        place(recipe(ranks=3), gpus=0)
+    assert place(recipe(ranks=4), gpus=0).ranks == 4
+
+
+@pytest.mark.parametrize(("gpus", "micro_batch", "ranks"), [(0, 8, 2), (0, 64, 1), (8, 8, 8), (6, 8, 4), (3, 64, 1)])
+def test_without_a_number_as_many_as_there_are_and_fit(gpus: int, micro_batch: int, ranks: int) -> None:
+    assert place(recipe(64, micro_batch), gpus).ranks == ranks
+
+
+def test_the_device_is_what_is_there_unless_it_is_named() -> None:
+    assert place(recipe(), gpus=0).device == "cpu"
+    assert place(recipe(), gpus=1).device == "cuda"
+    assert place(recipe(device="cpu"), gpus=1).device == "cpu"
+
+
+def test_threads_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert place(recipe(ranks=1), gpus=0).threads == cores
+    assert place(recipe(ranks=8), gpus=0).threads == max(1, cores // 8)
+    assert place(recipe(threads=3), gpus=0).threads == 3

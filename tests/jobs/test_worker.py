@@ -1,0 +1,135 @@
+"""One rank: its signals, its pulse, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from core.storage import StoreError
+from jobs.heartbeat import Heartbeat
+from jobs.record import Run, State
+from jobs.spec import REPOSITORY
+from jobs.worker import Stop
+
+MakeRun = Callable[..., Run]
+LIMIT_S = 20.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def queued(run: Run) -> Run:
+    run.move(State.QUEUED, 1)
+    return run
+
+
+def no_end(reason: str) -> None:
+    raise AssertionError(reason)
+
+
+def test_a_rank_that_cannot_start_says_why_in_one_line(root: str) -> None:
+    command = [sys.executable, "-m", "jobs.worker", "--run", "demo-1", "--store", root, "--attempt", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: run 'demo-1' is not in")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_only_sets_a_wish(signum: signal.Signals) -> None:
+    stop = Stop()
+    before = signal.signal(signum, stop.on_signal)
+    try:
+        assert not stop()
+        os.kill(os.getpid(), signum)
+        wait_until(stop)
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_rank_is_asked_to_stop_when_its_parent_is_gone(root: str) -> None:
+    """A parent that is killed cannot tell its ranks: Linux does."""
+    rank = (
+        "import signal, sys, time; from jobs.worker import Stop, _die_with_parent; stop = Stop()\n"
+        "signal.signal(signal.SIGTERM, stop.on_signal); _die_with_parent(); print('up', flush=True)\n"
+        "while not stop(): time.sleep(0.01)\n"
+        "print('stopped', flush=True)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    child = subprocess.Popen([sys.executable, "-c", parent, rank], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    child.kill()
+    assert child.stdout.readline() == "stopped\n"
+    child.wait()
+
+
+def test_the_newest_progress_is_written_beside_training(new_run: MakeRun) -> None:
+    run = queued(new_run())
+    with Heartbeat(run, 1, no_end, every_s=0.01) as pulse:
+        wait_until(lambda: run.view().heartbeat.get("attempt") == 1)  # before there is any progress
+        pulse.progress({"step": 3})
+        wait_until(lambda: run.view().heartbeat.get("step") == 3)
+        pulse.progress({"step": 4})
+    assert run.view().heartbeat["step"] == 4
+
+
+def test_a_long_step_does_not_stop_the_pulse(new_run: MakeRun) -> None:
+    run = queued(new_run())
+    with Heartbeat(run, 1, no_end, every_s=0.01, rest_s=0.02):
+        wait_until(lambda: bool(run.view().heartbeat))
+        first = run.view().heartbeat["time"]
+        wait_until(lambda: run.view().heartbeat["time"] > first)
+
+
+def test_a_slow_store_does_not_hold_up_a_step(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, free = queued(new_run()), threading.Event()
+    monkeypatch.setattr(run, "beat", lambda *_: free.wait(LIMIT_S))
+    with Heartbeat(run, 1, no_end, every_s=0.01) as pulse:
+        for step in range(1000):
+            pulse.progress({"step": step})
+        assert not free.is_set()  # all steps went by while the first write still waits
+        free.set()
+
+
+def test_a_store_that_is_down_does_not_end_training(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = queued(new_run())
+    beat, failures = run.beat, [StoreError("down"), StoreError("down")]
+
+    def shaky(progress: dict[str, object], attempt: int) -> None:
+        if failures:
+            raise failures.pop()
+        beat(progress, attempt)
+
+    monkeypatch.setattr(run, "beat", shaky)
+    with Heartbeat(run, 1, no_end, every_s=0.01) as pulse:
+        pulse.progress({"step": 1})
+        wait_until(lambda: run.view().heartbeat.get("step") == 1)
+    assert "heartbeat: down" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("event", ["cancelled", "newer attempt"])
+def test_a_rank_notices_that_the_run_is_no_longer_its_own(new_run: MakeRun, event: str) -> None:
+    run, stop = queued(new_run()), Stop()
+    with Heartbeat(run, 1, stop.because, every_s=0.01):
+        wait_until(lambda: bool(run.view().heartbeat))
+        assert not stop()
+        if event == "cancelled":
+            run.move(State.CANCELLED)
+        else:
+            run.move(State.PREEMPTED, reason="lost")
+            run.move(State.QUEUED, 2)
+        wait_until(stop)
