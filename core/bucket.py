@@ -59,8 +59,8 @@ class S3Store(Store):
         self._run(key, lambda client: client.put_object(**target, Body=data))
 
     def put_file(self, key: str, path: Path) -> None:
-        name, part = self._target(key)["Key"], self.options.part_bytes
-        config = TransferConfig(part, part, max_request_concurrency=self.options.threads)
+        name, part, threads = self._target(key)["Key"], self.options.part_bytes, self.options.threads
+        config = TransferConfig(multipart_threshold=part, multipart_chunksize=part, max_request_concurrency=threads)
 
         def upload(client: Any) -> None:
             with TransferManager(client, config) as manager:

@@ -78,15 +78,9 @@ def _connect(options: S3Options) -> Any:
         response_checksum_validation="when_required",
     )
     try:
-        client = session.create_client("s3", config=config)
+        return session.create_client("s3", config=config)
     except ValueError:  # its text quotes the whole URL
         raise StoreError("AWS_ENDPOINT_URL is no URL of the form https://HOST:PORT: correct it") from None
-    host = urlsplit(client.meta.endpoint_url).hostname or ""
-    chosen = "addressing_style" in session.get_scoped_config().get("s3", {})
-    if not chosen and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-        # Few own servers have a host name per bucket.
-        client = session.create_client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
-    return client
 
 
 def explained(error: Exception, where: str, host: str, attempts: int) -> StoreError:

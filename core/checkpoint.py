@@ -88,7 +88,11 @@ def save(run: Store, engine: Engine, method_state: dict[str, Tensor], comm: Comm
         save_file(tensors, path)
         slices = list(_describe(path, names))
         folder.put_file(path.name, path)
-        about = {"size": path.stat().st_size, "crc32c": crc32c(path.read_bytes()), "slices": [asdict(s) for s in slices]}
+        about = {
+            "size": path.stat().st_size,
+            "crc32c": crc32c(path.read_bytes()),
+            "slices": [asdict(s) for s in slices],
+        }
         folder.put(f"{part}.json", json.dumps(about).encode())
     comm.barrier()
     if comm.rank:
@@ -107,8 +111,10 @@ def save(run: Store, engine: Engine, method_state: dict[str, Tensor], comm: Comm
     return folder.uri.removeprefix(run.uri).strip("/")
 
 
-def _own_part(engine: Engine, method_state: dict[str, Tensor], comm: Comm) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, int]]]:
-    """Tensors to write and, by their key in the file, (name, kind, start). At stage 0 ranks deal out whole parameters."""
+def _own_part(
+    engine: Engine, method_state: dict[str, Tensor], comm: Comm
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, int]]]:
+    """Tensors to write and, by key in the file, (name, kind, start). At stage 0 ranks deal out whole parameters."""
     tensors: dict[str, Tensor] = {}
     names: dict[str, tuple[str, str, int]] = {}
 
@@ -194,7 +200,9 @@ class Reader:
 
         Raises CheckpointError naming the file and tensor that does not match its checksum.
         """
-        needed = {(s.file, s.offset): s for kind, name, start, numel in wanted for s in self._over(kind, name, start, numel)}
+        needed = {
+            (s.file, s.offset): s for kind, name, start, numel in wanted for s in self._over(kind, name, start, numel)
+        }
         missing = sorted((s for k, s in needed.items() if k not in self._loaded), key=lambda s: (s.file, s.offset))
         while missing:
             batch = [missing.pop(0)]
@@ -205,7 +213,9 @@ class Reader:
             for piece in batch:
                 data = raw[piece.offset - begin : _end(piece) - begin]
                 if len(data) != piece.size or crc32c(data) != piece.crc32c:
-                    raise CheckpointError(f"{self.manifest.key}/{piece.file}: checksum of {piece.kind} {piece.name} is wrong")
+                    raise CheckpointError(
+                        f"{self.manifest.key}/{piece.file}: checksum of {piece.kind} {piece.name} is wrong"
+                    )
                 flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(_DTYPES[piece.dtype])
                 self._loaded[piece.file, piece.offset] = flat
 

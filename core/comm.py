@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,7 +50,7 @@ class StopFlag:
     """
 
     def __init__(self, comm: Comm) -> None:
-        self._group = dist.new_group(backend="gloo") if comm.world > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if comm.world > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
 

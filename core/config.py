@@ -220,7 +220,9 @@ def check(recipe: Recipe) -> None:
         settings = recipe.stage(stage)
         prefix = f"stages.{stage}" if recipe.stages else "train"
         if settings.micro_batch > 0 and settings.batch % settings.micro_batch:
-            raise ConfigError(f"{prefix}.batch: {settings.batch} is not a multiple of micro_batch {settings.micro_batch}")
+            raise ConfigError(
+                f"{prefix}.batch: {settings.batch} is not a multiple of micro_batch {settings.micro_batch}"
+            )
         if settings.steps == 0 and settings.epochs == 0:
             raise ConfigError(f"{prefix}: neither steps nor epochs is set")
         flat.update({f"{prefix}.{k}": v for k, v in dataclasses.asdict(settings).items()})
@@ -270,7 +272,9 @@ def _find(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file() or (path.parent == RECIPES and name not in names() and not name.endswith((".yaml", ".yml"))):
         hint = nearest(name, names())
-        raise ConfigError(f"recipe {name!r} not found{hint} (known: {', '.join(names())}; or give the path of a YAML file)")
+        raise ConfigError(
+            f"recipe {name!r} not found{hint} (known: {', '.join(names())}; or give the path of a YAML file)"
+        )
     return path
 
 
@@ -301,7 +305,9 @@ def _profile(
 ) -> list[tuple[Path, dict[str, Any]]]:
     common = RECIPES / "profiles" / f"{profile}.yaml"
     found = [(common, _read(common))] if re.fullmatch(r"[a-z0-9-]+", profile) and common.is_file() else []
-    found += [(file, content["profiles"][profile]) for file, content in overlays if profile in content.get("profiles", {})]
+    found += [
+        (file, content["profiles"][profile]) for file, content in overlays if profile in content.get("profiles", {})
+    ]
     if not found:
         known = sorted({p.stem for p in (RECIPES / "profiles").glob("*.yaml")})
         raise ConfigError(f"profile {profile!r} not found for {path}; known: {', '.join(known)}")

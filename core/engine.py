@@ -87,7 +87,9 @@ class Engine:
             for reader, parameter in external_parameters(module):
                 deepspeed.zero.register_external_parameter(reader, parameter)
         self.ds, *_ = deepspeed.initialize(
-            model=module, optimizer=self.adam, config=_ds_config(settings, zero_stage, self.accumulation, per_parameter_clip)
+            model=module,
+            optimizer=self.adam,
+            config=_ds_config(settings, zero_stage, self.accumulation, per_parameter_clip),
         )
         self._fragments = _SHARDINGS[zero_stage](self)
         self.adam.locate(self._fragments, sharded=zero_stage > 0)
@@ -124,7 +126,8 @@ class Engine:
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the fp32 weights and moments; views are live, so they can be read and written."""
-        return self._fragments.fragments()
+        found: list[Fragment] = self._fragments.fragments()
+        return found
 
     @property
     def adam_step(self) -> int:
@@ -280,7 +283,11 @@ class _Sharded(_Partitioned):
         for name, parameter in self.engine.ds.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            part = parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
+            part = (
+                parameter.ds_tensor.ds_numel
+                if hasattr(parameter.ds_tensor, "ds_numel")
+                else parameter.ds_tensor.numel()
+            )
             start = rank * part
             numel = min(part, parameter.ds_numel - start)
             group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]

@@ -75,7 +75,8 @@ tags: [image-feature-extraction, distillation, {recipe.method.name}]
 ---
 # {recipe.name}: {recipe.student.name} distilled with {recipe.method.name}
 
-Made by Retort, run `{run.uri.rpartition("/")[2]}`, recipe fingerprint `{fingerprint(recipe)[:16]}`. Images are normalised with ImageNet's mean and std.
+Made by Retort, run `{run.uri.rpartition("/")[2]}`, recipe fingerprint `{fingerprint(recipe)[:16]}`.
+Images are normalised with ImageNet's mean and std.
 
 ```python
 import timm
@@ -95,3 +96,19 @@ def _dim(run: Store) -> int:
     with torch.device("meta"):
         model = create_model(recipe.student.name, recipe.student.args, None, "student")
     return int(model.num_features)  # type: ignore[arg-type]
+
+
+def verify(run: Store) -> float:
+    """Load the exported file with plain timm and compare features with the run's student: the largest difference."""
+    import timm
+    from safetensors.torch import load
+
+    student, _ = load_student(run)
+    arguments = json.loads(run.get(f"{FOLDER}/config.json"))
+    plain = timm.create_model(arguments.pop("model_name"), **arguments)
+    plain.load_state_dict(load(run.get(f"{FOLDER}/model.safetensors")), strict=True)
+    size = int(arguments["img_size"])
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        difference = (plain.eval()(images) - student(images)).abs().max()
+    return float(difference)

@@ -44,7 +44,7 @@ def vit_flops(model: nn.Module, info: Info) -> float:
         linear = sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))
         attention = block.attn.num_heads * block.attn.head_dim  # width of q, k and v
         total += 2.0 * tokens * linear + 4.0 * tokens**2 * attention
-    return total
+    return float(total)
 
 
 def counted_flops(model: nn.Module, img_size: int) -> float:
@@ -77,7 +77,9 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
             teacher_params[key] = _params(model)
         everything = _params(method.build(student, info, infos))
     units = (info.grid[0] * info.grid[1] + info.prefix) * info.dim * info.depth
-    return StageCost(cost, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units))
+    return StageCost(
+        cost, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units)
+    )
 
 
 def _params(module: nn.Module) -> int:

@@ -41,9 +41,11 @@ class Meter:
         self._worst = torch.maximum(self._worst, self._in_row)
 
     def read(self) -> dict[str, float]:
-        """Means over micro-batches and ranks since the last reading, and `bad_losses`: the longest row of non-finite ones."""
+        """Means over micro-batches and ranks since the last reading; `bad_losses`: most non-finite losses in a row."""
         names = sorted(self._sums)
-        local = torch.stack([self._sums[n] / self._counts[n] for n in names] + [self._worst.to(self._sums[names[0]].dtype)])
+        local = torch.stack(
+            [self._sums[n] / self._counts[n] for n in names] + [self._worst.to(self._sums[names[0]].dtype)]
+        )
         values = self.comm.mean(local).tolist()
         self._sums, self._counts = {}, {}
         return dict(zip([*names, "bad_losses"], values, strict=True))
@@ -83,7 +85,7 @@ class MetricsLog:
 def _board(folder: str) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)  # type: ignore[no-untyped-call]
+    return SummaryWriter(folder)
 
 
 def read_metrics(run: Store) -> list[dict[str, Any]]:

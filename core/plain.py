@@ -16,8 +16,11 @@ from core.optim import clip_per_parameter
 class PlainEngine:
     """forward, backward and step as `core.engine.Engine` has them, with gradients averaged by one all-reduce."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], settings: Train, comm: Comm, per_parameter_clip: bool) -> None:
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], settings: Train, comm: Comm, per_parameter_clip: bool
+    ) -> None:
         self.module, self.comm, self.clip, self.per_parameter_clip = module, comm, settings.clip, per_parameter_clip
+        self.bf16 = settings.precision == "bf16"
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
         self.adam = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         self.accumulation = settings.batch // settings.micro_batch // comm.world
@@ -27,15 +30,16 @@ class PlainEngine:
         self.module.train(on)
 
     def forward(self, views: dict[str, Tensor]) -> Any:
-        return self.module(views)
+        with torch.autocast(self.comm.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.module(views)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
+        (loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float, weight_decay: float | None = None) -> None:
         if self.comm.world > 1:
             flat = self.comm.mean(torch.cat([p.grad.flatten() for p in self.parameters]))
-            for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            for p, grad in zip(self.parameters, torch.split(flat, [p.numel() for p in self.parameters]), strict=True):
                 p.grad = grad.view_as(p)
         if self.clip > 0 and self.per_parameter_clip:
             clip_per_parameter([p.grad for p in self.parameters], self.clip)

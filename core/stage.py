@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Stage:
     teachers: dict[str, FrozenTeacher]
     engine: Engine
     comm: Comm
+    root: str
+    rebuild: Callable[[], nn.Module]  # another module like the engine's, for comparisons
 
     def batches(self, start: int) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step from `start` on."""
@@ -69,12 +71,14 @@ class Stage:
         """Mean loss on held-out images: evaluation transform and mode, nothing dropped; None without such images."""
         if not self.recipe.data.heldout:
             return None
-        source = open_source(resolve(self.recipe.data.heldout, self._root), _cache(self.recipe.loader))
+        source = open_source(resolve(self.recipe.data.heldout, self.root), _cache(self.recipe.loader))
         size = min(self.settings.micro_batch, len(source) // self.comm.world)
         rounds = len(source) // self.comm.world // size  # equal on all ranks: ZeRO-3 forwards are collective
         total = torch.zeros((), device=self.engine.device)
         self.engine.train(False)
-        for number, (images, _, index) in enumerate(eval_batches(source, self.settings.img_size, size, 0, self.comm.rank, self.comm.world)):
+        for number, (images, _, index) in enumerate(
+            eval_batches(source, self.settings.img_size, size, 0, self.comm.rank, self.comm.world)
+        ):
             if number == rounds:
                 break
             x = normalize(images.to(self.engine.device))
@@ -83,10 +87,10 @@ class Stage:
         self.engine.train(True)
         return float(self.comm.mean(total / rounds))
 
-    _root: str = ""
 
-
-def build(recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, reader: Reader | None) -> tuple[Stage, int]:
+def build(
+    recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, reader: Reader | None
+) -> tuple[Stage, int]:
     """A stage ready to train, and the step it starts at.
 
     reader: the checkpoint to go on from: one of this stage (everything is restored) or the last one of the stage
@@ -98,15 +102,20 @@ def build(recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, rea
     source = open_source(resolve(recipe.data.source, root), _cache(recipe.loader))
     settings, steps = schedule(settings, len(source))
     check_world(settings, comm.world)
-    student, info = build_student(recipe.student, settings.img_size, recipe.seed, root)
+    _, info = build_student(recipe.student, settings.img_size, recipe.seed, root)
     infos = describe_teachers(recipe, info)
     method = create(recipe, settings, steps)
     method.check(info, infos)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed + 1)
-        module = method.build(student, info, infos)
+
+    def fresh() -> nn.Module:
+        student, _ = build_student(recipe.student, settings.img_size, recipe.seed, root)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + 1)
+            return method.build(student, info, infos)
+
+    module = fresh()
     here = reader is not None and reader.manifest.position.stage == name
     if reader is not None:
         _take_over(module, reader.whole("buffer") if here else reader.model(), info)
@@ -115,8 +124,7 @@ def build(recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, rea
     method.to(comm.device)
     if reader is not None:
         method.load_state(restore(reader.run, reader.manifest, engine) if here else reader.whole("method"))
-    stage = Stage(name, recipe, settings, steps, first_step, source, method, teachers, engine, comm)
-    stage._root = root
+    stage = Stage(name, recipe, settings, steps, first_step, source, method, teachers, engine, comm, root, fresh)
     return stage, reader.manifest.position.stage_step if reader is not None and here else 0
 
 
@@ -124,7 +132,9 @@ def schedule(settings: Train, samples: int) -> tuple[Train, int]:
     """Steps of a stage, and its settings with the warm-up in steps.  Raises ConfigError when the data are too few."""
     per_epoch = steps_per_epoch(samples, settings.batch, settings.micro_batch)
     if per_epoch == 0:
-        raise ConfigError(f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch")
+        raise ConfigError(
+            f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch"
+        )
     steps = settings.steps or settings.epochs * per_epoch
     warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
     return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
@@ -135,8 +145,10 @@ def check_world(settings: Train, world: int) -> None:
     micros = settings.batch // settings.micro_batch
     if micros % world:
         allowed = ", ".join(str(n) for n in range(1, micros + 1) if micros % n == 0)
-        raise ConfigError(f"launch.ranks: {micros} micro-batches (batch {settings.batch} / micro_batch {settings.micro_batch}) "
-                          f"cannot be shared by {world} ranks; allowed: {allowed}")  # fmt: skip
+        raise ConfigError(
+            f"launch.ranks: {micros} micro-batches (batch {settings.batch} / micro_batch {settings.micro_batch}) "
+            f"cannot be shared by {world} ranks; allowed: {allowed}"
+        )
 
 
 def _take_over(module: nn.Module, weights: dict[str, Tensor], info: Info) -> None:

@@ -62,7 +62,10 @@ class Store(ABC):
     def put_file(self, key: str, path: Path) -> None: ...
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """True if this call created the object, also when the server's answer was lost and the request repeated."""
+        """True if this call created the object, also when the server's answer was lost and the request repeated.
+
+        After a `StoreError` it is open whether the object was created.
+        """
 
     @abstractmethod
     def get(self, key: str) -> bytes: ...
@@ -267,7 +270,7 @@ def _walk(folder: Path, base: str, prefix: str, after: str, above: tuple[tuple[i
     for key in sorted(found) if identity not in above else ():
         item = found[key]
         if key.endswith("/"):
-            if (key.startswith(prefix) or prefix.startswith(key)) and (after < key or after.startswith(key)):
+            if key.startswith(prefix) and (after < key or after.startswith(key)):
                 yield from _walk(folder / item.name, key, prefix, after, (*above, identity))
         elif key.startswith(prefix) and key > after and not item.name.startswith(TEMP) and item.is_file():
             with suppress(FileNotFoundError):

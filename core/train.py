@@ -28,11 +28,13 @@ class Outcome(enum.Enum):
     PREEMPTED = "preempted"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """The loss was not a number too many times in a row."""
 
 
-def train(recipe: Recipe, run: Store, root: str, attempt: int, on_progress: Progress, should_stop: Callable[[], bool]) -> Outcome:
+def train(
+    recipe: Recipe, run: Store, root: str, attempt: int, on_progress: Progress, should_stop: Callable[[], bool]
+) -> Outcome:
     """Train all stages, from the newest checkpoint if there is one.
 
     run: the run's folder in the store.  on_progress: called with every logged row (rank 0 only).  should_stop: this
@@ -72,7 +74,9 @@ def _run_stage(
     batches = stage.batches(start)
     engine.train(True)
     if start == 0:
-        _write(stage, log, {"stage": stage.name, "step": stage.first_step, "heldout_loss": stage.heldout()}, on_progress)
+        _write(
+            stage, log, {"stage": stage.name, "step": stage.first_step, "heldout_loss": stage.heldout()}, on_progress
+        )
     for step in range(start, stage.steps):
         pace.wait()
         micros = next(batches)
@@ -101,7 +105,9 @@ def _run_stage(
         if saving:
             log.flush() if comm.rank == 0 else None
             position = Position(stage.name, taken, total, taken == stage.steps)
-            checkpoint.save(run, engine, method.state(), comm, position, fingerprint(recipe), attempt, recipe.zero.stage)
+            checkpoint.save(
+                run, engine, method.state(), comm, position, fingerprint(recipe), attempt, recipe.zero.stage
+            )
             if comm.rank == 0:
                 checkpoint.retain(run, recipe.checkpoint.keep)
             comm.barrier()
@@ -126,14 +132,15 @@ def _write(stage: Stage, log: MetricsLog, row: dict[str, Any], on_progress: Prog
 def _guard(row: dict[str, Any], stage: Stage, run: Store, micros: list[MicroBatch]) -> None:
     """Stop when the loss has not been a number for too long, before a checkpoint could be overwritten.
 
-    Raises NonFiniteLoss; the samples of the step are written to the run folder.
+    Raises NonFiniteLossError; the samples of the step are written to the run folder.
     """
     if row.pop("bad_losses") < stage.settings.max_bad_losses:
         return
     samples = {"step": row["step"], "samples": [int(i) for micro in micros for i in micro.index]}
     key = f"nonfinite/rank-{stage.comm.rank:04d}.json"
     run.put(key, json.dumps(samples).encode())
-    raise NonFiniteLoss(
-        f"the loss was not finite {stage.settings.max_bad_losses} times in a row before step {row['step']}; the last good checkpoint is "
-        f"kept, the samples of the step are in {run.uri}/{key}. Try a lower train.lr, train.clip, or train.precision=fp32"
+    raise NonFiniteLossError(
+        f"the loss was not finite {stage.settings.max_bad_losses} times in a row before step {row['step']}; the last "
+        f"good checkpoint is kept, the samples of the step are in {run.uri}/{key}. Try a lower train.lr, train.clip, "
+        f"or train.precision=fp32"
     )

@@ -49,7 +49,7 @@ VERBS = {
     "gc": Verb("later.gc", "remove what no run refers to", (), ("store", "dry")),
     "image": Verb("later.image", "build the container image"),
     "manifests": Verb("later.manifests", "render sbatch and RayJob files", RECIPE, RESOLVE),
-    "bench": Verb("local.bench", "measure throughput and overheads"),
+    "bench": Verb("local.bench", "measure throughput and overheads", RECIPE, RESOLVE),
 }
 OPTIONS = {
     "set": ("a.b=c d.e=f: override fields of the recipe", "append"),

@@ -9,12 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jobs.errors import BUG, OK, PREEMPTED
+from core.storage import StoreError
+from jobs.errors import BUG, OK, PREEMPTED, redact
 from jobs.launchers import Launcher
 from jobs.record import ENDED, Run, State, View
 
 POLL_S = 0.5
 LINE_EVERY_S = 5.0
+OUTAGE_S = 300.0
 
 
 def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
@@ -25,7 +27,7 @@ def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -
     display = Bar() if sys.stderr.isatty() else Lines()
     try:
         while True:
-            view = run.view()
+            view = _view(run)
             if view.last.attempt >= attempt and _rests(run, view, launcher):
                 break
             display.show(view)
@@ -37,6 +39,19 @@ def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -
     finally:
         display.close()
     return conclude(run, view)
+
+
+def _view(run: Run) -> View:
+    """The run's view, through pauses of the store; the run itself may well go on.  Raises StoreError after a while."""
+    limit = time.monotonic() + OUTAGE_S
+    while True:
+        try:
+            return run.view()
+        except StoreError as error:
+            if time.monotonic() > limit:
+                raise
+            print(f"still watching {run.id}: {redact(str(error))}", flush=True)
+            time.sleep(LINE_EVERY_S)
 
 
 def conclude(run: Run, view: View) -> int:

@@ -29,9 +29,9 @@ def staged_key(repository: str) -> str:
     return f"weights/{repository.replace('/', '--')}/{FILE}"
 
 
-def unreachable(repository: str, root: str) -> str:
-    """Why the weights cannot be had; empty when they are staged, in the local cache, or can be downloaded."""
-    if open_store(root).size(staged_key(repository)) is not None or _cached(repository):
+def unreachable(repository: str) -> str:
+    """Why weights that are not staged cannot be; empty when they are in the local cache or can be downloaded."""
+    if _cached(repository):
         return ""
     what = f"the weights {repository} are neither in the store nor in the local hub cache"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.storage import StoreError, open_store, resolve
+from core.storage import FileStore, Store, StoreError, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
 from jobs.record import Run, State
@@ -105,10 +105,10 @@ def _weights(wanted: tuple[str, str, str], root: str, made: set[str]) -> Missing
         if weights.startswith("run:"):
             return _run_weights(field, weights.removeprefix("run:"), root)
         if hub_id := hub.hub_id(model, weights):
-            reason = hub.unreachable(hub_id, root)
+            reason = "" if probe(root).size(hub.staged_key(hub_id)) is not None else hub.unreachable(hub_id)
             return Missing(f"{field}: {reason}", f"{hub.HOW.format(hub_id=hub_id)}; or {elsewhere}") if reason else None
         folder, _, key = resolve(weights, root).rpartition("/")
-        if open_store(folder).size(key) is None:
+        if probe(folder).size(key) is None:
             return Missing(f"{field}: there is no file {weights}", f"put it there, or {elsewhere}")
     except StoreError as error:
         return Missing(f"{field}: {redact(str(error))}", elsewhere)
@@ -146,7 +146,18 @@ def _data(wanted: tuple[str, str], root: str, made: set[str]) -> Missing | None:
 
 
 def is_empty(uri: str) -> bool:
-    return next(iter(open_store(uri).list()), None) is None
+    return next(iter(probe(uri).list()), None) is None
+
+
+def probe(uri: str) -> Store:
+    """A store for one quick look: a bucket that does not answer soon is as good as missing."""
+    store = open_store(uri)
+    if isinstance(store, FileStore):
+        return store
+    from core.bucket import S3Store
+    from core.bucket_client import S3Options
+
+    return S3Store(uri, S3Options(attempts=2, connect_timeout_s=3.0, read_timeout_s=10.0))
 
 
 def check_store(root: str) -> Missing | None:
@@ -156,7 +167,7 @@ def check_store(root: str) -> Missing | None:
         "(credentials and endpoint come from the AWS variables and files)"
     )
     try:
-        store = open_store(root)
+        store = probe(root)
         good = store.put_if_absent(key, b"1") and not store.put_if_absent(key, b"2") and store.get(key) == b"1"
         store.delete(key)
     except StoreError as error:

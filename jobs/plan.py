@@ -1,4 +1,4 @@
-"""What a recipe will cost, before anything is queued: parameters, FLOPs, memory per GPU, hours, bytes, what is missing."""
+"""What a recipe will cost, before anything is queued: parameters, FLOPs, memory, hours, bytes, what is missing."""
 
 from __future__ import annotations
 
@@ -58,15 +58,24 @@ def _stage(recipe: Recipe, name: str, cost: StageCost, samples: int, gpu: str, g
     images = steps * settings.batch
     trainable = cost.student_params + cost.head_params
     return {
-        "stage": name, "img_size": settings.img_size, "steps": steps, "images": images, "batch": settings.batch,
-        "student_params": cost.student_params, "head_params": cost.head_params, "teacher_params": cost.teacher_params,
-        "student_flops": cost.student, "head_flops": cost.heads, "teacher_flops": cost.teachers, "step_flops": cost.step,
+        "stage": name,
+        "img_size": settings.img_size,
+        "steps": steps,
+        "images": images,
+        "batch": settings.batch,
+        "student_params": cost.student_params,
+        "head_params": cost.head_params,
+        "teacher_params": cost.teacher_params,
+        "student_flops": cost.student,
+        "head_flops": cost.heads,
+        "teacher_flops": cost.teachers,
+        "step_flops": cost.step,
         "gpu_hours": images * cost.step / (GPUS[gpu][0] * 1e12 * MFU) / HOUR,
         "images_per_s_per_gpu": GPUS[gpu][0] * 1e12 * MFU / cost.step,
         "memory_gb": {stage: _memory(settings, cost, trainable, gpus, stage) / GB for stage in (0, 1, 2, 3)},
         "checkpoint_bytes": 12 * trainable,
         "checkpoint_writes": -(-steps // recipe.checkpoint.every_steps),
-    }  # fmt: skip
+    }
 
 
 def _memory(settings: Train, cost: StageCost, trainable: int, gpus: int, zero: int) -> float:
@@ -79,21 +88,41 @@ def _memory(settings: Train, cost: StageCost, trainable: int, gpus: int, zero: i
 
 
 def render(facts: dict[str, Any]) -> str:
-    lines = [f"plan of {facts['recipe']} on {facts['gpus']} x {facts['gpu']} at {facts['mfu']:.0%} MFU",
-             f"student {facts['student']}; teachers {', '.join(facts['teachers'].values()) or 'none'}"]  # fmt: skip
     note = "" if facts["samples_known"] else " (assumed: the data are not there yet)"
-    lines.append(f"{facts['samples']:,} training images{note}")
-    rows = [[
-        s["stage"], str(s["img_size"]), f"{s['steps']:,}", f"{s['student_params'] / 1e6:.2f} M", f"{s['head_params'] / 1e6:.2f} M",
-        f"{sum(s['teacher_params'].values()) / 1e6:.1f} M", f"{s['student_flops'] / 1e9:.3g}", f"{s['head_flops'] / 1e9:.3g}",
-        f"{sum(s['teacher_flops'].values()) / 1e9:.3g}", f"{s['step_flops'] / 1e9:.4g}", f"{s['images_per_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.3g}",
-    ] for s in facts["stages"]]  # fmt: skip
-    lines += ["", table(["stage", "px", "steps", "student", "heads", "teachers", "student GF/img", "heads GF", "teachers GF",
-                         "step GF/img", "img/s/GPU", "GPU-hours"], rows)]  # fmt: skip
-    memory = [[s["stage"], *(f"{s['memory_gb'][z]:.2f}" for z in (0, 1, 2, 3)), f"{s['checkpoint_bytes'] / MIB:,.1f} MiB",
-               f"{s['checkpoint_writes']:,}"] for s in facts["stages"]]  # fmt: skip
-    lines += ["", "memory per GPU in GB (activations estimated), by ZeRO stage, and checkpoints",
-              table(["stage", "0", "1", "2", "3", "checkpoint", "times"], memory)]  # fmt: skip
-    lines += ["", f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours"]
-    lines += ["", "missing:", *(f"  {m}" for m in facts["missing"])] if facts["missing"] else ["", "nothing is missing"]
+    missing = ["missing:", *(f"  {m}" for m in facts["missing"])] if facts["missing"] else ["nothing is missing"]
+    lines = [
+        f"plan of {facts['recipe']} on {facts['gpus']} x {facts['gpu']} at {facts['mfu']:.0%} MFU",
+        f"student {facts['student']}; teachers {', '.join(facts['teachers'].values()) or 'none'}",
+        f"{facts['samples']:,} training images{note}",
+        "",
+        _costs(facts["stages"]),
+        "",
+        "memory per GPU in GB (activations estimated), by ZeRO stage, and checkpoints",
+        _memories(facts["stages"]),
+        "",
+        f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours",
+        "",
+        *missing,
+    ]
     return "\n".join(lines)
+
+
+def _costs(stages: list[dict[str, Any]]) -> str:
+    head = ["stage", "px", "steps", "student", "heads", "teachers", "student GF/img", "heads GF/img", "teachers GF/img",
+            "step GF/img", "img/s/GPU", "GPU-hours"]  # fmt: skip
+    rows = []
+    for s in stages:
+        sizes = [f"{n / 1e6:,.2f} M" for n in (s["student_params"], s["head_params"], sum(s["teacher_params"].values()))]
+        work = (s["student_flops"], s["head_flops"], sum(s["teacher_flops"].values()), s["step_flops"])
+        flops = [f"{f / 1e9:,.4g}" for f in work]
+        rate = [f"{s['images_per_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.3g}"]
+        rows.append([s["stage"], str(s["img_size"]), f"{s['steps']:,}", *sizes, *flops, *rate])
+    return table(head, rows)
+
+
+def _memories(stages: list[dict[str, Any]]) -> str:
+    rows = []
+    for s in stages:
+        per_stage = [f"{s['memory_gb'][zero]:.2f}" for zero in (0, 1, 2, 3)]
+        rows.append([s["stage"], *per_stage, f"{s['checkpoint_bytes'] / MIB:,.1f} MiB", f"{s['checkpoint_writes']:,}"])
+    return table(["stage", "0", "1", "2", "3", "checkpoint", "times"], rows)

@@ -53,6 +53,8 @@ def aws_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
     """An environment in which no setting or credential of the person running the tests is seen."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
@@ -102,10 +104,11 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_bucket(env: dict[str, str], name: str = "test-bucket") -> str:
     import boto3
+    from botocore.config import Config
 
     keys = {"aws_access_key_id": env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"]}
-    client = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], region_name=env["AWS_DEFAULT_REGION"], **keys)
-    client.create_bucket(Bucket=name)
+    where = {"endpoint_url": env["AWS_ENDPOINT_URL"], "region_name": env["AWS_DEFAULT_REGION"]}
+    boto3.client("s3", **where, **keys, config=Config(proxies={})).create_bucket(Bucket=name)
     return name
 
 

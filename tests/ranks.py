@@ -21,7 +21,9 @@ def free_port() -> int:
         return port
 
 
-def _rank(function: Callable[..., Any], rank: int, world: int, port: int, env: dict[str, str], args: Any, queue: Any) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, world: int, port: int, env: dict[str, str], args: Any, queue: Any
+) -> None:
     os.environ.update(env, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), DS_ACCELERATOR="cpu")  # fmt: skip
     import torch
@@ -39,10 +41,12 @@ def _rank(function: Callable[..., Any], rank: int, world: int, port: int, env: d
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180) -> list[Any]:
-    """Call a module-level function on `world` gloo ranks; its results in rank order. Any rank's failure is raised here."""
+    """Call a module-level function on `world` gloo ranks; its results in rank order, or any rank's failure."""
     queue, port = _CONTEXT.Queue(), free_port()
     env = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "RETORT_"))}
-    processes = [_CONTEXT.Process(target=_rank, args=(function, r, world, port, env, args, queue)) for r in range(world)]
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(function, r, world, port, env, args, queue)) for r in range(world)
+    ]
     for process in processes:
         process.start()
     try:

@@ -16,10 +16,12 @@ from core.storage import open_store
 RECIPE = """
 name: toy
 method: {name: unic, options: {hidden: 16, last_hidden: 24}}
-student: {name: vit_tiny_patch16_224, args: &tiny {patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}, drop_path: 0.1}
+student:
+  {name: vit_tiny_patch16_224, args: &tiny {patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}, drop_path: 0.1}
 teachers:
   one: {name: vit_tiny_patch16_224, args: {img_size: 16, <<: *tiny}, weights: random}
-  two: {name: vit_tiny_patch16_224, args: {img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}, weights: random}
+  two:
+    {name: vit_tiny_patch16_224, args: {img_size: 16, <<: *tiny, embed_dim: 32, depth: 1}, weights: random}
 data: {source: "store:data", block: 16}
 train: {img_size: 16, steps: 6, batch: 8, micro_batch: 2, lr: 0.01, lr_batch: 0, warmup_steps: 1, precision: fp32}
 launch: {device: cpu}

@@ -17,9 +17,9 @@ from core.data.source import open_source
 from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
 from core.export import load_student, read_recipe
-from core.methods.base import Info
+from core.methods.base import Features, Info
 from core.models.students import build_student
-from core.models.teachers import describe_teachers, load_teachers
+from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
 from core.storage import Store, resolve
 
 FOLDER = "evaluations"
@@ -36,7 +36,10 @@ def check_protocols(names: list[str]) -> None:
     """Raises ConfigError for an unknown protocol, with the nearest valid name."""
     for name in names:
         if name not in protocols():
-            raise ConfigError(f"evaluate.protocols: unknown protocol {name!r}{nearest(name, protocols())} (known: {', '.join(protocols())})")
+            raise ConfigError(
+                f"evaluate.protocols: unknown protocol {name!r}{nearest(name, protocols())} "
+                f"(known: {', '.join(protocols())})"
+            )
 
 
 def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any]:
@@ -51,14 +54,18 @@ def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any
     check_protocols(names)
     for field in ("train", "test"):
         if not getattr(recipe.evaluate, field):
-            raise ConfigError(f"evaluate.{field}: not set in {run.uri}/recipe.yaml; labelled images are needed, for example "
-                              f"SET=\"evaluate.{field}=s3://bucket/imagenet/{field}\"")  # fmt: skip
+            raise ConfigError(
+                f"evaluate.{field}: not set in {run.uri}/recipe.yaml; labelled images are needed, "
+                f'for example SET="evaluate.{field}=s3://bucket/imagenet/{field}"'
+            )
     features, classes = _features(recipe, run, root, say)
     results = {}
     for name in names:
         say(f"evaluating by {name}")
         probe = importlib.import_module(f"core.evaluate.{name}").probe
-        rows = [{"model": model, **probe(train, test, classes, recipe.seed)} for model, (train, test) in features.items()]
+        rows = [
+            {"model": model, **probe(train, test, classes, recipe.seed)} for model, (train, test) in features.items()
+        ]
         results[name] = {"protocol": name, "time": time.time(), "rows": rows, "margin": _margin(recipe, rows),
                          "settings": {"train": recipe.evaluate.train, "test": recipe.evaluate.test, "classes": classes,
                                       "train_images": len(next(iter(features.values()))[0].labels),
@@ -108,4 +115,12 @@ def _student(model: nn.Module) -> Extractor:
 def _teachers(recipe: Recipe, info: Info, root: str, device: torch.device) -> dict[str, Extractor]:
     infos = describe_teachers(recipe, info)
     loaded = load_teachers(recipe, info, infos, root, device, torch.float32)
-    return {f"teacher {name}": (lambda x, t=teacher: t(x).cls) for name, teacher in loaded.items()}
+    return {f"teacher {name}": _class_feature(teacher) for name, teacher in loaded.items()}
+
+
+def _class_feature(teacher: FrozenTeacher) -> Extractor:
+    def extractor(images: Tensor) -> Tensor:
+        features: Features = teacher(images)
+        return features.cls
+
+    return extractor

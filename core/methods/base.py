@@ -114,14 +114,14 @@ class Method(ABC):
         """Runs after the optimiser, on every rank: merge statistics, average weights. Returns scalars to log."""
         return {}
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:  # noqa: B027 (most methods keep nothing)
         """Move the method's own state."""
 
     def state(self) -> dict[str, Tensor]:
         """State beside the module's weights (statistics, centres, queues), equal on all ranks."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Take over `state()` of an earlier attempt or stage."""
 
 
@@ -138,7 +138,9 @@ def available() -> list[str]:
 def find(name: str) -> type[Method]:
     """The method class of this name.  Raises ConfigError with the nearest valid name."""
     if name not in available():
-        raise ConfigError(f"method.name: unknown method {name!r}{nearest(name, available())} (known: {', '.join(available())})")
+        raise ConfigError(
+            f"method.name: unknown method {name!r}{nearest(name, available())} (known: {', '.join(available())})"
+        )
     folder = next(f for f in _folders() if (f / f"{name}.py").is_file())
     if folder == Path(__file__).parent:
         module = importlib.import_module(f"core.methods.{name}")
@@ -161,7 +163,9 @@ def complete(recipe: Recipe) -> Recipe:
         valid = [f.name for f in dataclasses.fields(method.Options)]
         unknown = [k for k in recipe.method.options if k not in valid]
         if unknown:
-            raise ConfigError(f"method.options.{unknown[0]}: unknown option of {recipe.method.name}{nearest(unknown[0], valid)}") from None
+            raise ConfigError(
+                f"method.options.{unknown[0]}: unknown option of {recipe.method.name}{nearest(unknown[0], valid)}"
+            ) from None
         raise ConfigError(f"method.options: {str(error).splitlines()[0]}") from None
     for teacher in recipe.teachers:
         if not recipe.teachers[teacher].name:

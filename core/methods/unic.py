@@ -30,7 +30,7 @@ Tokens = dict[str, dict[str, Tensor]]  # teacher -> cls (B, D_t), patch (B, N, D
 
 
 @dataclass
-class Options:
+class UnicOptions:
     """Defaults are those of the released code for UNIC-B."""
 
     hidden: int = 768  # of the ladder's projectors
@@ -96,12 +96,11 @@ class UnicModel(nn.Module):
 
 
 class Unic(Method):
-    Options = Options
+    Options = UnicOptions
     per_parameter_clip = True
+    options: UnicOptions
 
-    options: Options
-
-    def __init__(self, options: Options, settings: Any, steps: int) -> None:
+    def __init__(self, options: UnicOptions, settings: Any, steps: int) -> None:
         super().__init__(options, settings, steps)
         self.stats = nn.ModuleDict()
         self._pending: list[dict[str, Tensor]] = []  # moments (2, D_t) of this step's micro-batches
@@ -120,13 +119,15 @@ class Unic(Method):
         return [View(name="image", size=self.settings.img_size, scale=self.options.scale)]
 
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
-        self.stats = nn.ModuleDict({f"{t}/{token}": RunningStats(i.dim) for t, i in teachers.items() for token in TOKENS})
+        if not self.stats:  # once, however many modules are built
+            self.stats.update({f"{t}/{token}": RunningStats(i.dim) for t, i in teachers.items() for token in TOKENS})
         return UnicModel(student, self._ladder(info, teachers), info.prefix)
 
     @torch.no_grad()
     def targets(self, features: dict[str, Features], batch: Batch) -> Tokens:
         """Standardised with the statistics as they were before this step; its own moments are kept for `after_step`."""
-        pending, out = {}, {}
+        pending: dict[str, Tensor] = {}
+        out: Tokens = {}
         for name, feature in features.items():
             tokens = {"cls": feature.cls, "patch": feature.patch}
             out[name] = {token: self._stats(name, token)(z) for token, z in tokens.items()}
@@ -140,7 +141,9 @@ class Unic(Method):
     def losses(self, outputs: Tokens, targets: Tokens, batch: Batch) -> tuple[Tensor, Report]:
         o, u_TB = self.options, self.draws(batch, len(targets))
         device = next(iter(targets.values()))["cls"].device
-        return unic_loss(outputs, targets, u_TB.to(device, non_blocking=True), o.lambda_cos, o.lambda_sl1, o.drop, o.per_image)
+        return unic_loss(
+            outputs, targets, u_TB.to(device, non_blocking=True), o.lambda_cos, o.lambda_sl1, o.drop, o.per_image
+        )
 
     def draws(self, batch: Batch, teachers: int) -> Tensor:
         """(T, B) uniform draws of teacher dropping, keyed by sample; in evaluation ones, so that nothing is dropped."""

@@ -126,7 +126,7 @@ def _second_layers(hidden: Sequence[Tensor], projectors: Sequence[Projector]) ->
     weight = torch.cat([p.second.weight for p in projectors], dim=1)
     # Added one by one: through stack().sum() all biases would get views of one gradient, and accumulating micro-batches
     # in place would count it once per block.
-    bias = projectors[0].second.bias
+    bias: Tensor = projectors[0].second.bias
     for projector in projectors[1:]:
         bias = bias + projector.second.bias
     return F.linear(torch.cat(list(hidden), dim=-1), weight, bias)

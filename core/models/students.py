@@ -11,9 +11,9 @@ from torch import nn
 
 from core.config import ConfigError, Student, nearest
 from core.methods.base import Info
+from core.models.locate import read_weights
 from core.models.vit import set_drop_path
 from core.models.weights import load_strict
-from core.models.locate import read_weights
 
 
 def create(name: str, args: dict[str, Any], img_size: int | None, field: str) -> nn.Module:
@@ -30,8 +30,7 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
 
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     """Shapes of a model's features for images of `img_size`.  Raises ConfigError when the grid does not divide it."""
-    is_vit = isinstance(model, VisionTransformer)
-    if not is_vit:
+    if not isinstance(model, VisionTransformer):
         return Info(name, int(getattr(model, "num_features", 0)), 0, 0, (0, 0), 0, has_cls=False, is_vit=False)
     patch = int(model.patch_embed.patch_size[0])
     if img_size % patch:
@@ -39,7 +38,9 @@ def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
                           f"use train.img_size={img_size // patch * patch or patch}")  # fmt: skip
     grid = (img_size // patch, img_size // patch)
     has_cls = bool(model.has_class_token)
-    return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, int(model.num_prefix_tokens), has_cls, is_vit)
+    return Info(
+        name, int(model.embed_dim), len(model.blocks), patch, grid, int(model.num_prefix_tokens), has_cls, is_vit
+    )
 
 
 def build_student(student: Student, img_size: int, seed: int, root: str) -> tuple[nn.Module, Info]:

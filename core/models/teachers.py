@@ -14,7 +14,7 @@ from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Features, Info
 from core.models.locate import read_weights
 from core.models.students import create, describe
-from core.models.vit import forward_taps
+from core.models.vit import as_vit, forward_taps
 from core.models.weights import load_strict
 
 
@@ -24,10 +24,10 @@ def take(vit: nn.Module, images: Tensor, cls: str) -> tuple[Tensor, Tensor]:
     token: both after the final norm.  pooled: timm's pre-logits feature, and patch tokens as the last block (or its
     norm, if the model has one) leaves them; for models without a final norm (dBOT-ft) these are un-normed.
     """
-    x = cast(Tensor, vit.norm(forward_taps(vit, images)[-1]))
-    prefix = cast(int, vit.num_prefix_tokens)
-    pooled = vit.forward_head(x, pre_logits=True) if cls == "pooled" else x[:, 0]
-    return pooled, x[:, prefix:]
+    model = as_vit(vit)
+    x: Tensor = model.norm(forward_taps(model, images)[-1])
+    pooled = model.forward_head(x, pre_logits=True) if cls == "pooled" else x[:, 0]
+    return pooled, x[:, model.num_prefix_tokens :]
 
 
 class FrozenTeacher(nn.Module):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from core.config import Recipe
 
 WORKER = (sys.executable, "-m", "jobs.worker")
-GO = "go\n"
 
 
 class Local(Launcher):
@@ -50,7 +49,7 @@ class Local(Launcher):
         with child.stdin as pipe:  # closing it without a word ends the supervisor
             run.move(State.QUEUED, attempt, **info)
             run.write_recipe(to_yaml(recipe))
-            pipe.write((GO + json.dumps(info) + "\n").encode())
+            pipe.write(json.dumps(info).encode())
 
     def cancel(self, info: Mapping[str, Any]) -> bool:
         return process.send(info, signal.SIGTERM)
@@ -85,10 +84,10 @@ def main(arguments: list[str]) -> int:
     """The supervisor process: waits to be told that the run is its own, then works on it."""
     cut = arguments.index("--")
     options = _options(arguments[:cut])
-    if sys.stdin.readline() != GO:
+    word = sys.stdin.read()
+    if not word:
         return 0
-    info = json.loads(sys.stdin.readline())
-    sys.stdin.close()
+    info = json.loads(word)
     run = Run(options.store, options.run)
     launch = run.recipe().launch
     supervisor = Supervisor(

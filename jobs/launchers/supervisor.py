@@ -95,8 +95,7 @@ class Supervisor:
         if last.state == State.SUCCEEDED and last.attempt == attempt:
             return OK
         if last.state == State.CANCELLED or last.attempt > attempt:
-            self._leaving = True
-            return PREEMPTED
+            return PREEMPTED  # not this attempt's run any more: no further one can be queued
         if last.state == State.PREEMPTED:
             return PREEMPTED
         failure = next((e for e in exits if _is_failure(e, stopped)), None)

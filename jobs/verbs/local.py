@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
-from jobs.errors import UserError
 from jobs.settings import Settings
 
 
@@ -20,7 +18,5 @@ def doctor(settings: Settings) -> int:
 
 
 def bench(settings: Settings) -> int:
-    if importlib.util.find_spec("jobs.bench") is None:
-        raise UserError("bench is not built yet")
-    code: int = importlib.import_module("jobs.bench").main()
+    code: int = importlib.import_module("jobs.bench").main(settings)
     return code

@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.storage import MissingObject, StoreError
-from jobs import launchers, spec
+from jobs import hub, inputs, launchers, spec
 from jobs.errors import OK, UserError
 from jobs.launchers import Launcher
 from jobs.placement import Placement, gpu_count, place
@@ -28,16 +27,15 @@ def submit(settings: Settings) -> int:
     launcher = _launcher(settings, recipe)
     gpus = gpu_count()
     placement = place(recipe, gpus)
-    if settings.fresh:
-        with suppress(StoreError):  # an unusable store is reported below, with all else that is missing
-            run_id = spec.fresh_id(root, run_id)
-    run = Run(root, run_id)
-    view = _look(run)
+    if inputs.check_store(root):
+        inputs.require(recipe, root, gpus)  # says what else is missing, too
+    run = Run(root, spec.fresh_id(root, run_id) if settings.fresh else run_id)
+    view = run.view() if run.exists() else None
     if view and (view.active or view.last.state == State.SUCCEEDED):
         return _finish(_nothing_to_do(run, view), run.id)
     _ready(recipe, root, gpus)
     info = _info(settings, launcher)
-    if not run.exists():
+    if view is None:
         run.create(_yaml(recipe), spec.record(run.id, recipe, root, settings, spec.code()))
     return _launch(run, recipe, launcher, placement, info, settings)
 
@@ -67,17 +65,8 @@ def _launcher(settings: Settings, recipe: Recipe) -> Launcher:
     return launcher
 
 
-def _look(run: Run) -> View | None:
-    try:
-        return run.view()
-    except (MissingObject, StoreError):
-        return None
-
-
 def _ready(recipe: Recipe, root: str, gpus: int) -> None:
     """Refuse when something is missing; make and stage what can be.  Raises NotReady."""
-    from jobs import hub, inputs
-
     inputs.require(recipe, root, gpus)
     hub.stage(recipe, root, say)
     module = inputs.preparer(recipe)

@@ -81,7 +81,6 @@ def test_bf16_resumes_bit_equal_from_its_fp32_master_weights(tmp_path: Path) -> 
     assert all(expected[k].equal(got[k]) for k in expected)
 
 
-
 def test_the_loss_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     root, recipe = toy.store(tmp_path), toy.recipe()
     losses = []

@@ -9,6 +9,7 @@ import resource
 import socket
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +49,22 @@ def in_forks(count: int, action: Callable[[int], object]) -> None:
         child.join(60)
         child.kill()
     assert [child.exitcode for child in children] == [0] * count
+
+
+def use_from_forks(store: Store) -> None:
+    """Four children of a process that has used the store use it all at once."""
+    for number in range(4):
+        store.put(f"{number}", b"%d" % number * 1000)
+    start = multiprocessing.get_context("fork").Barrier(4)
+
+    def child(number: int) -> None:
+        start.wait(60)
+        for _ in range(10):
+            assert store.get(f"{number}") == b"%d" % number * 1000
+        store.put(f"done-{number}", b"")
+
+    in_forks(4, child)
+    assert keys(store, "done") == [f"done-{number}" for number in range(4)]
 
 
 def each_operation(store: Store, tmp_path: Path, key: str = "x") -> Iterator[Callable[[], object]]:
@@ -239,20 +256,8 @@ class StoreBehaviour:
         assert pickle.loads(pickle.dumps(store)).get("a/x") == b"1"
         assert pickle.loads(pickle.dumps(store.sub("a"))).get("x") == b"1"
 
-    def test_forked_processes_do_not_mix_up_their_answers(self, store: Store) -> None:
-        context = multiprocessing.get_context("fork")
-        for number in range(4):
-            store.put(f"{number}", b"%d" % number * 1000)
-        start = context.Barrier(4)
-
-        def child(number: int) -> None:
-            start.wait(60)
-            for _ in range(10):
-                assert store.get(f"{number}") == b"%d" % number * 1000
-            store.put(f"done-{number}", b"")
-
-        in_forks(4, child)
-        assert keys(store, "done") == [f"done-{number}" for number in range(4)]
+    def test_forked_processes_read_and_write(self, store: Store) -> None:
+        use_from_forks(store)
 
 
 class TestStore(StoreBehaviour):
@@ -374,6 +379,18 @@ def test_a_folder_without_rights_is_access_denied(tmp_path: Path) -> None:
     in_forks(1, child)
 
 
+def test_a_key_below_another_key_is_refused_in_a_folder(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.put("a", b"1")
+    store.put("b/c", b"2")
+    for key in ("a/x", "b"):
+        for put in (store.put, store.put_if_absent):
+            with pytest.raises(StoreError, match=f"{store.uri}/{key}: "):
+                put(key, b"3")
+    assert [store.get("a"), store.get("b/c")] == [b"1", b"2"]
+    assert keys(store) == ["a", "b/c"]
+
+
 def test_deleting_empties_folders_up_to_the_root(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "root")
     store.put("a/b/c", b"")
@@ -381,17 +398,17 @@ def test_deleting_empties_folders_up_to_the_root(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "root") == []
 
 
-def test_writers_and_deleters_of_one_folder_do_not_trip_over_each_other(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
+def test_a_folder_pruned_under_a_writer_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = uuid.uuid4
 
-    def work(number: int) -> None:
-        for _ in range(100):
-            store.put(f"a/b/{number}", b"")
-            store.delete(f"a/b/{number}")
+    def name_after_pruning() -> uuid.UUID:
+        monkeypatch.setattr(uuid, "uuid4", real)
+        (tmp_path / "a").rmdir()
+        return real()
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert keys(store) == []
+    monkeypatch.setattr(uuid, "uuid4", name_after_pruning)
+    FileStore(tmp_path).put("a/x", b"1")
+    assert FileStore(tmp_path).get("a/x") == b"1"
 
 
 def test_a_folder_of_links_is_followed_once(tmp_path: Path) -> None:
@@ -415,6 +432,16 @@ def quick(bucket: str, no_waiting: None) -> S3Store:
 
 class BucketBehaviour:
     """What holds for every S3 server, seen through a proxy that plants faults."""
+
+    def test_forked_processes_share_no_connection(self, proxy: FaultyProxy, quick: S3Store) -> None:
+        ports: list[int] = []
+        proxy.faults.append(lambda exchange: ports.append(exchange.client_address[1]) is not None)
+        for _ in range(3):
+            quick.put("x", b"1")
+        in_forks(2, lambda number: quick.get("x"))
+        assert len(set(ports[:3])) == 1  # kept open between requests
+        assert len(set(ports)) == 3
+        use_from_forks(quick)
 
     def test_a_busy_server_is_asked_again(self, proxy: FaultyProxy, quick: S3Store) -> None:
         for status, code in [(503, "SlowDown"), (429, "TooManyRequests"), (500, "InternalError")]:
@@ -640,6 +667,17 @@ def test_old_servers_get_no_checksums_they_do_not_know(proxy: FaultyProxy, quick
     quick.get("x")
     quick.delete("x")
     assert [name for name in headers if "checksum" in name or "trailer" in name] == []
+
+
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(proxy: FaultyProxy, quick: S3Store, tmp_path: Path) -> None:
+    def forget_range(exchange: Exchange) -> None:
+        del exchange.headers["Range"]
+        exchange.answer(exchange.forward())
+
+    quick.put("x", b"0123456789")
+    proxy.plan(forget_range, "GET", times=100)
+    assert quick.get_range("x", 3, 4) == b"3456"
+    assert quick.size("x") == 10
 
 
 def test_a_server_without_a_host_name_per_bucket_is_addressed_by_path(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from core.comm import Comm
 from core.config import Train
 from core.engine import Engine
-from core.plain import PlainEngine
 from core.methods.base import Batch, Features, Info
-from core.methods.unic import Options, Unic
+from core.methods.unic import TOKENS, Unic, UnicOptions
 from core.models.vit import set_drop_path
+from core.plain import PlainEngine
 from tests.ranks import run_ranks
 
 Case = dict[str, np.ndarray]
@@ -29,10 +29,10 @@ TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-4}  # of whole steps, from 
 class Recorded(Unic):
     """UNIC with the recorded draws of teacher dropping."""
 
-    u_TB: Tensor
+    recorded: Tensor
 
     def draws(self, batch: Batch, teachers: int) -> Tensor:
-        return self.u_TB
+        return self.recorded
 
 
 def train_steps(case: Case, stage: int | None = None) -> list[Check]:
@@ -59,13 +59,14 @@ def _run(case: Case, stage: int | None) -> dict[str, np.ndarray]:
     method.stats.to(dtype)
     engine: Engine | PlainEngine = PlainEngine(module, groups, method.settings, comm, clip)
     if stage is not None:
-        engine = Engine(module, groups, method.settings, zero_stage=stage, world=comm.world, per_parameter_clip=clip, device=comm.device)
+        engine = Engine(module, groups, method.settings, zero_stage=stage, world=comm.world,
+                        per_parameter_clip=clip, device=comm.device)  # fmt: skip
     engine.train(True)
     out: dict[str, list[Any]] = {"loss": [], "loss_per_image": [], "lr": [], "momentum": [], "coeff_sum": []}
     for step in range(method.steps):
         images = _tensor(case[f"in.image.{step}{suffix}"]).to(dtype)
-        method.u_TB = torch.from_numpy(case[f"in.u{suffix}"][step])
-        features = {t: Features(*(_tensor(case[f"in.teacher.{t}.{token}.{step}{suffix}"]).to(dtype) for token in ("cls", "patch")))
+        method.recorded = torch.from_numpy(case[f"in.u{suffix}"][step])
+        features = {t: Features(*(_tensor(case[f"in.teacher.{t}.{token}.{step}{suffix}"]).to(dtype) for token in TOKENS))
                     for t in names}  # fmt: skip
         batch = Batch({"image": images}, torch.arange(len(images)), 0, 0, comm.rank)
         targets = method.targets(features, batch)
@@ -90,19 +91,21 @@ def _build(case: Case, names: list[str], suffix: str, world: int) -> tuple[Recor
     patch, dim, depth = int(case["hp.patch"]), params["encoder.cls_token"].shape[-1], int(case["hp.depth"])
     size = images.shape[-1]
     mlp = params["encoder.blocks.0.0.mlp.fc1.weight"].shape[0] / dim
-    vit = VisionTransformer(size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=int(case["hp.heads"]), mlp_ratio=mlp)
+    vit = VisionTransformer(size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=int(case["hp.heads"]),
+                            mlp_ratio=mlp)  # fmt: skip
     set_drop_path(vit, 0.0)
     grid = (size // patch, size // patch)
     info = Info("student", dim, depth, patch, grid, 1, has_cls=True, is_vit=True)
     infos = {t: Info(t, int(d), 0, patch, grid, 1, has_cls=True, is_vit=True)
              for t, d in zip(names, case["in.teacher_dims"], strict=True)}  # fmt: skip
     widths = {b: params[f"lp.heads.{names[0]}.cls.{b}.layers.0.weight"].shape[0] for b in range(depth)}
-    method = Recorded(Options(hidden=widths[0], last_hidden=widths[depth - 1], drop=_hp(case, "t_drop_prob", 0.5),
+    method = Recorded(UnicOptions(hidden=widths[0], last_hidden=widths[depth - 1], drop=_hp(case, "t_drop_prob", 0.5),
                               lambda_cos=_hp(case, "lam_cos", 0.5), lambda_sl1=_hp(case, "lam_sl1", 0.5),
                               momentum=tuple(case.get("hp.momentum_start_end", (1.0, 0.001)))),
                       *_settings(case, len(images), world))  # fmt: skip
     module = method.build(vit, info, infos)
-    renamed = {k.replace("encoder.blocks.0.", "encoder.blocks."): v for k, v in params.items() if k != "encoder.mask_token"}
+    params.pop("encoder.mask_token", None)
+    renamed = {k.replace("encoder.blocks.0.", "encoder.blocks."): v for k, v in params.items()}
     module.load_state_dict(renamed, strict=True)
     return method, module
 
@@ -119,7 +122,8 @@ def _settings(case: Case, images: int, world: int) -> tuple[Train, int]:
 def _final(engine: Engine | PlainEngine, comm: Comm) -> dict[str, np.ndarray]:
     """Every parameter under its released name, put together from all ranks' fragments."""
     if isinstance(engine, PlainEngine):
-        return {n.replace("encoder.blocks.", "encoder.blocks.0."): p.detach().numpy() for n, p in engine.module.named_parameters()}
+        own = engine.module.named_parameters()
+        return {n.replace("encoder.blocks.", "encoder.blocks.0."): p.detach().numpy() for n, p in own}
     full = {name: torch.zeros(shape).flatten() for name, shape in engine.shapes.items()}
     for f in engine.fragments():
         full[f.name][f.start : f.start + f.numel] = f.view("weight") / (comm.world if engine.replicated else 1)

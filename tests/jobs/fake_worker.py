@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.record import IllegalMove, Run, State  # noqa: E402
 
-PATIENCE_S = 60.0
+PATIENCE_S = 20.0  # then a rank that nobody ends says so and leaves
 RANK = int(os.environ["RANK"])
 
 
@@ -41,15 +41,13 @@ class FakeWorker:
         if RANK == 1:
             print(f"ValueError: broken, key {os.environ.get('AWS_SECRET_ACCESS_KEY', '')}", flush=True)
             return 1
-        time.sleep(PATIENCE_S)
-        return 0
+        return self._linger()
 
     def killed(self) -> int:
         self._say(State.RUNNING)
         if RANK == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(PATIENCE_S)
-        return 0
+        return self._linger()
 
     def vanish(self) -> int:
         self._say(State.RUNNING)
@@ -82,12 +80,16 @@ class FakeWorker:
         """Runs and does not know what a signal is."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._say(State.RUNNING)
-        time.sleep(PATIENCE_S)
-        return 0
+        return self._linger()
 
     def environment(self) -> int:
         print(json.dumps(dict(os.environ)), flush=True)
         return self.ok()
+
+    def _linger(self) -> int:
+        time.sleep(PATIENCE_S)
+        print("nobody ended this rank", flush=True)
+        return 0
 
     def _ask(self, signum: int, frame: object) -> None:
         self.asked = signum

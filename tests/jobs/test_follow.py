@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from core.storage import StoreError
 from jobs.follow import Bar, Lines, duration, follow, progress_text
 from jobs.launchers.local import Local
 from jobs.record import Run, State, Transition, View
@@ -86,6 +87,25 @@ def test_the_exit_code_says_how_the_run_ended(new_run: Callable[..., Run], end: 
     run.move(State.RUNNING)
     run.move(end)
     assert follow(run, 1, Local()) == code
+
+
+def test_a_pause_of_the_store_is_sat_out(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    run.move(State.QUEUED, 1)
+    run.move(State.FAILED, reason="broken")
+    failures = [StoreError("down"), StoreError("down")]
+
+    def shaky() -> View:
+        if failures:
+            raise failures.pop()
+        return Run.view(run)
+
+    monkeypatch.setattr(run, "view", shaky)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert follow(run, 1, Local()) == 1
+    assert capsys.readouterr().out.count("still watching") == 2
 
 
 def test_an_attempt_that_has_not_begun_is_waited_for(

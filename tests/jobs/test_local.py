@@ -86,6 +86,8 @@ def test_the_loser_of_two_submissions_starts_and_changes_nothing(new_run: MakeRu
     with pytest.raises(IllegalMove):
         launcher.submit(run, load(str(tiny_recipe)), 1, TWO, {})
     assert run.store.get("recipe.yaml") == b"name: old\n"
+    assert Path(f".retort/logs/{run.id}/supervisor.log").read_text() == ""
+    assert not Path(f".retort/logs/{run.id}/attempt-0001").exists()
     assert [t.state for t in run.transitions()] == ["created", "queued"]
 
 

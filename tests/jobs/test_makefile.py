@@ -20,7 +20,8 @@ exit ${CODE:-0}
 """
 NASTY = [
     "a b", "it's", 'say "hi"', "$(touch {marker})", "$(shell touch {marker})", "`touch {marker}`",
-    "x; touch {marker}", "a & touch {marker}", "$$HOME ${HOME}", "a.b='c d' e=\"f g\"", "100%", "#no comment", "back\\slash", "a|b>c<d", "=x",
+    "x; touch {marker}", "a & touch {marker}", "$$HOME ${HOME}", "a.b='c d' e=\"f g\"",
+    "100%", "#no comment", "back\\slash", "a|b>c<d", "=x",
 ]  # fmt: skip
 
 

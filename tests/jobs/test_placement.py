@@ -10,7 +10,6 @@ from core.config import Launch, Recipe, Train
 from jobs.errors import UserError
 from jobs.placement import allowed_ranks, place
 
-
 Stages = dict[str, dict[str, int]]
 
 

@@ -25,7 +25,7 @@ LIMIT_S = 30.0
 def supervisor(run: Run, deed: str, tmp_path: Path, ranks: int = 2, **options: float) -> Supervisor:
     run.move(State.QUEUED, 1)
     placement = Placement(ranks, "cpu", 3)
-    chosen = {"grace_s": 0.2, "stop_grace_s": LIMIT_S, **options}
+    chosen = {"grace_s": 0.2, "stop_grace_s": 3600.0, **options}
     return Supervisor(run, placement, fake_worker(deed), tmp_path / "logs", {"launcher": "local"}, **chosen)  # type: ignore[arg-type]
 
 
@@ -58,12 +58,14 @@ def test_a_failing_rank_ends_the_others_and_its_words_are_the_reason(
     assert "rank 1: exit code 1" in last.info["reason"]
     assert "ValueError: broken" in last.info["reason"]
     assert "very-secret-value" not in last.info["reason"]
+    assert (tmp_path / "logs/attempt-0001/rank-0000.log").read_text() == ""
 
 
 def test_ranks_that_do_not_end_beside_a_failed_one_are_killed(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
     assert supervisor(run, "stubborn", tmp_path).work(1) == 1
     assert "rank 1: exit code 1" in run.last().info["reason"]
+    assert (tmp_path / "logs/attempt-0001/rank-0000.log").read_text() == ""  # it did not live to say anything
 
 
 def test_a_rank_killed_from_outside_fails_the_run(new_run: MakeRun, tmp_path: Path) -> None:

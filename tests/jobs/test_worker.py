@@ -63,8 +63,9 @@ def test_a_rank_is_asked_to_stop_when_its_parent_is_gone(root: str) -> None:
     rank = (
         "import signal, sys, time; from jobs.worker import Stop, _die_with_parent; stop = Stop()\n"
         "signal.signal(signal.SIGTERM, stop.on_signal); _die_with_parent(); print('up', flush=True)\n"
-        "while not stop(): time.sleep(0.01)\n"
-        "print('stopped', flush=True)"
+        "limit = time.monotonic() + 20\n"
+        "while not stop() and time.monotonic() < limit: time.sleep(0.01)\n"
+        "print('stopped' if stop() else 'left behind', flush=True)"
     )
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     child = subprocess.Popen([sys.executable, "-c", parent, rank], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,128 @@
+"""`make demo`: the whole journey on this machine, against an embedded S3 server that starts and ends with it.
+
+The server keeps objects in memory; what must outlive it is mirrored under .retort/demo and loaded again next time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BUG, OK
+from jobs.settings import Settings
+
+MIRROR = Path(".retort") / "demo"
+BUCKET = "retort-demo"
+TOLERANCE = 1e-4  # largest difference of features between the exported and the trained student
+
+
+def main(fresh: bool) -> int:
+    """Run, evaluate, export, report; shows the results when it is all done already.  Returns an exit code."""
+    from core.storage import open_store
+
+    began = time.monotonic()
+    with _server() as root:
+        store, mirror = open_store(root), open_store(f"file://{(Path.cwd() / MIRROR)}")
+        copied = _copy(mirror, store)
+        _say(f"embedded S3 server: {root} at {os.environ['AWS_ENDPOINT_URL']} ({copied} objects from {MIRROR}/)")
+        try:
+            code = _journey(root, fresh)
+        finally:
+            _copy(store, mirror)
+    _say(f"demo: {time.monotonic() - began:.0f} s")
+    return code
+
+
+def _journey(root: str, fresh: bool) -> int:
+    from core import export
+    from core.evaluate.run import evaluate
+    from jobs.spec import run_id
+    from jobs.verbs.results import render
+    from jobs.verbs.submit import submit
+
+    settings = Settings(recipe="demo", store=root, fresh=fresh)
+    code = submit(settings)
+    if code != OK:
+        return code
+    run = _newest(root, run_id(settings.load_recipe()))
+    results = _stored(run)
+    if not results:
+        results = evaluate(run.store, root, [], _say)
+        for uri in export.export(run.store, root, ["timm"]):
+            _say(f"exported {uri}")
+    difference = export.verify(run.store)
+    _say(f"export loads with plain timm, strict; features differ by at most {difference:.1e}")
+    from core import report
+
+    report.write(run.store, root)
+    print(f"\n{render(results)}\n")
+    ok = difference <= TOLERANCE
+    for name, result in results.items():
+        margin = result["margin"]
+        ok = ok and margin["ok"]
+        verdict = "as asked" if margin["ok"] else "NOT REACHED"
+        points = f"{margin['reached']:.1f} points, {margin['asked']:g} asked"
+        _say(f"{name}: student beats the best of the untrained ones by {points}: {verdict}")
+    _say(f"report: {Path.cwd() / MIRROR / 'runs' / run.id / 'report.html'}")
+    _say("again from scratch: make demo FRESH=1")
+    return OK if ok else BUG
+
+
+def _newest(root: str, wanted: str) -> Any:
+    """The latest run of the recipe: its id, or that with -2, -3 ... appended by FRESH=1."""
+    from jobs.record import Run
+
+    same = [found for found in Run.list(root) if found == wanted or found.startswith(f"{wanted}-")]
+    return Run(root, max(same, key=lambda found: (len(found), found)))
+
+
+def _stored(run: Any) -> dict[str, Any]:
+    entries = [e for e in run.store.list("evaluations/") if e.key.endswith(".json")]
+    found = [json.loads(run.store.get(e.key)) for e in entries]
+    return {result["protocol"]: result for result in found}
+
+
+def _copy(source: Any, target: Any) -> int:
+    """Bring target in line with source; returns how many objects source has."""
+    there = {e.key: e.size for e in target.list()}
+    here = {e.key: e.size for e in source.list()}
+    for key in here:
+        target.put(key, source.get(key))
+    target.delete(*[key for key in there if key not in here])
+    return len(here)
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """An S3-compatible server on a free loopback port, its random credentials in the environment; yields a store."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    own = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20), "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        os.environ.pop(name, None)
+    os.environ.update(own)
+    try:
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}/store"
+    finally:
+        server.stop()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
