@@ -10,14 +10,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.comm import Comm
 from core.config import Recipe
 from core.data.loader import MicroBatch
 from core.engine import Engine
+from core.models.teachers import FrozenTeacher
 from core.plain import PlainEngine
 from core.stage import Stage, build
 

@@ -32,6 +32,11 @@ class Comm:
             dist.all_reduce(values)
         return values / self.world
 
+    def max(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(values)

@@ -125,6 +125,7 @@ class Checkpoint:
 class Log:
     every_steps: int = 50
     flush_s: float = 30.0
+    tensorboard: bool = True  # event files in the run's folder
 
 
 @dataclass
@@ -319,7 +320,7 @@ def _override(config: DictConfig, item: str) -> DictConfig:
     if not sign or not key:
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text else ""  # key= empties a field
     except yaml.YAMLError:
         raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):

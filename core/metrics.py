@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,30 +45,27 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means over micro-batches and ranks since the last reading; `bad_losses`: most non-finite losses in a row."""
         names = sorted(self._sums)
-        local = torch.stack(
-            [self._sums[n] / self._counts[n] for n in names] + [self._worst.to(self._sums[names[0]].dtype)]
-        )
-        values = self.comm.mean(local).tolist()
+        local = torch.stack([self._sums[n] / self._counts[n] for n in names])
+        values = torch.cat([self.comm.mean(local), self.comm.max(self._worst).to(local.dtype).view(1)]).tolist()
         self._sums, self._counts = {}, {}
         return dict(zip([*names, "bad_losses"], values, strict=True))
 
 
 class MetricsLog:
-    """Rows of one attempt: a JSON-lines segment in the store, and TensorBoard files beside the worker if asked for."""
+    """Rows of one attempt: a JSON-lines segment in the store and, beside it, TensorBoard event files."""
 
-    def __init__(self, run: Store, attempt: int, start_step: int, flush_s: float = 30.0, tensorboard: str = "") -> None:
+    def __init__(
+        self, run: Store, attempt: int, start_step: int, flush_s: float = 30.0, tensorboard: bool = False
+    ) -> None:
         self._run, self._key = run, f"{FOLDER}/{attempt:04d}-{start_step:08d}.jsonl"
         self._lines: list[str] = []
         self._flushed, self._flush_s, self._when = 0, flush_s, time.monotonic()
-        self._board = _board(tensorboard) if tensorboard else None
+        self._board = Board(run) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
-        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-        self._lines.append(json.dumps(clean))
+        self._lines.append(json.dumps(row))
         if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            self._board.add(row)
         if time.monotonic() - self._when > self._flush_s:
             self.flush()
 
@@ -74,6 +73,8 @@ class MetricsLog:
         if len(self._lines) > self._flushed:
             self._run.put(self._key, ("\n".join(self._lines) + "\n").encode())
             self._flushed = len(self._lines)
+            if self._board is not None:
+                self._board.flush()
         self._when = time.monotonic()
 
     def close(self) -> None:
@@ -82,10 +83,35 @@ class MetricsLog:
             self._board.close()
 
 
-def _board(folder: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class Board:
+    """TensorBoard event files under tensorboard/ of the run: written locally, copied to the store at every flush."""
 
-    return SummaryWriter(folder)
+    def __init__(self, run: Store) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._folder = tempfile.TemporaryDirectory(prefix="retort-tensorboard-")
+        self._writer = SummaryWriter(self._folder.name)
+
+    def add(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+        for path in sorted(Path(self._folder.name).iterdir()):
+            self._run.put_file(f"tensorboard/{path.name}", path)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._folder.cleanup()
+
+
+def clean(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it: absent values left out, non-finite numbers as text."""
+    kept = {k: v for k, v in row.items() if v is not None}
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in kept.items()}
 
 
 def read_metrics(run: Store) -> list[dict[str, Any]]:
@@ -93,8 +119,9 @@ def read_metrics(run: Store) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for entry in sorted(run.list(f"{FOLDER}/"), key=lambda e: e.key):
         start = int(entry.key.rpartition("-")[2].removesuffix(".jsonl"))
-        rows = [row for row in rows if row["step"] <= start]
-        rows += [json.loads(line) for line in run.get(entry.key).decode().splitlines()]
+        new = [json.loads(line) for line in run.get(entry.key).decode().splitlines()]
+        again = {(row.get("stage"), row["step"]) for row in new}
+        rows = [row for row in rows if row["step"] <= start and (row.get("stage"), row["step"]) not in again] + new
     return rows
 
 

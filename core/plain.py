@@ -20,7 +20,7 @@ class PlainEngine:
         self, module: nn.Module, groups: list[dict[str, Any]], settings: Train, comm: Comm, per_parameter_clip: bool
     ) -> None:
         self.module, self.comm, self.clip, self.per_parameter_clip = module, comm, settings.clip, per_parameter_clip
-        self.bf16 = settings.precision == "bf16"
+        self.device, self.bf16 = comm.device, settings.precision == "bf16"
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
         self.adam = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         self.accumulation = settings.batch // settings.micro_batch // comm.world

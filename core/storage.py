@@ -62,10 +62,7 @@ class Store(ABC):
     def put_file(self, key: str, path: Path) -> None: ...
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """True if this call created the object, also when the server's answer was lost and the request repeated.
-
-        After a `StoreError` it is open whether the object was created.
-        """
+        """True if this call created the object, though an answer may have been lost. A `StoreError` leaves it open."""
 
     @abstractmethod
     def get(self, key: str) -> bytes: ...
@@ -112,9 +109,8 @@ def open_store(uri: str) -> Store:
 
         return S3Store(uri)
     shown = re.sub(r"//[^/]*@", "//...@", uri)
-    raise StoreError(
-        f"{shown!r} is no store: write s3://BUCKET/PREFIX (credentials and endpoint come from the AWS_* variables) or file:///FOLDER"
-    )
+    valid = "s3://BUCKET/PREFIX (endpoint and credentials come from the AWS_* variables) or file:///FOLDER"
+    raise StoreError(f"{shown!r} is no store: write {valid}")
 
 
 def check_key(key: str, what: str = "key") -> str:

@@ -112,7 +112,8 @@ def _costs(stages: list[dict[str, Any]]) -> str:
             "step GF/img", "img/s/GPU", "GPU-hours"]  # fmt: skip
     rows = []
     for s in stages:
-        sizes = [f"{n / 1e6:,.2f} M" for n in (s["student_params"], s["head_params"], sum(s["teacher_params"].values()))]
+        parameters = (s["student_params"], s["head_params"], sum(s["teacher_params"].values()))
+        sizes = [f"{n / 1e6:,.2f} M" for n in parameters]
         work = (s["student_flops"], s["head_flops"], sum(s["teacher_flops"].values()), s["step_flops"])
         flops = [f"{f / 1e9:,.4g}" for f in work]
         rate = [f"{s['images_per_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.3g}"]

@@ -34,13 +34,14 @@ def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
         return Info(name, int(getattr(model, "num_features", 0)), 0, 0, (0, 0), 0, has_cls=False, is_vit=False)
     patch = int(model.patch_embed.patch_size[0])
     if img_size % patch:
-        raise ConfigError(f"{field}: {name} has patches of {patch} pixels, which do not divide images of {img_size}; "
-                          f"use train.img_size={img_size // patch * patch or patch}")  # fmt: skip
+        raise ConfigError(
+            f"{field}: {name} has patches of {patch} pixels, which do not divide images of {img_size}; "
+            f"use train.img_size={img_size // patch * patch or patch}"
+        )
     grid = (img_size // patch, img_size // patch)
     has_cls = bool(model.has_class_token)
-    return Info(
-        name, int(model.embed_dim), len(model.blocks), patch, grid, int(model.num_prefix_tokens), has_cls, is_vit
-    )
+    prefix = int(model.num_prefix_tokens)
+    return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, prefix, has_cls, is_vit=True)
 
 
 def build_student(student: Student, img_size: int, seed: int, root: str) -> tuple[nn.Module, Info]:

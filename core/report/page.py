@@ -106,6 +106,8 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """42 s, 3 min 20 s, 2 h 05 min, 3 d 4 h"""
+    if not math.isfinite(seconds):
+        return NONE
     whole = max(round(seconds), 0)
     if whole < 60:
         return f"{whole} s"

@@ -102,7 +102,8 @@ PAPER = """
 @media print {
   @page { margin: 14mm }
   body { font-size: 10pt } main { max-width: none; padding: 0 }
-  .tile dd { font-size: 15pt } h2 { margin-top: 24px } h2, h3, .keys { break-after: avoid } tr, .tiles, .note { break-inside: avoid }
+  .tile dd { font-size: 15pt } h2 { margin-top: 24px } h2, h3, .keys { break-after: avoid }
+  tr, .tiles, .note { break-inside: avoid }
   .charts { grid-template-columns: repeat(3, 1fr) } .charts.large { grid-template-columns: repeat(2, 1fr) }
   .scroll { overflow: visible } pre { white-space: pre-wrap; overflow-wrap: anywhere }
   details::details-content { content-visibility: visible; block-size: auto }

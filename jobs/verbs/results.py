@@ -40,9 +40,9 @@ def export(settings: Settings) -> int:
 
 def report(settings: Settings) -> int:
     run = Run.find(settings.root(), settings.need("run"))
-    from core import report as reporter
+    from core.report import write
 
-    print(reporter.write(run.store, run.root))
+    print(write(run.store, run.root))
     return OK
 
 

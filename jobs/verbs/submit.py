@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import hub, inputs, launchers, spec
+from jobs import hub, inputs, launchers, preflight, spec
 from jobs.errors import OK, UserError
 from jobs.launchers import Launcher
 from jobs.placement import Placement, gpu_count, place
@@ -28,7 +28,7 @@ def submit(settings: Settings) -> int:
     gpus = gpu_count()
     placement = place(recipe, gpus)
     if inputs.check_store(root):
-        inputs.require(recipe, root, gpus)  # says what else is missing, too
+        _ready(recipe, root, gpus)  # refuses, saying what else is missing
     run = Run(root, spec.fresh_id(root, run_id) if settings.fresh else run_id)
     view = run.view() if run.exists() else None
     if view and (view.active or view.last.state == State.SUCCEEDED):
@@ -66,12 +66,14 @@ def _launcher(settings: Settings, recipe: Recipe) -> Launcher:
 
 
 def _ready(recipe: Recipe, root: str, gpus: int) -> None:
-    """Refuse when something is missing; make and stage what can be.  Raises NotReady."""
+    """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, NotReady."""
+    preflight.check_networks(recipe)
     inputs.require(recipe, root, gpus)
     hub.stage(recipe, root, say)
     module = inputs.preparer(recipe)
     if module:
         module.prepare(recipe, root, say)
+    preflight.check_data(recipe, root)
 
 
 def _info(settings: Settings, launcher: Launcher) -> dict[str, Any]:

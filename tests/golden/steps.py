@@ -66,7 +66,7 @@ def _run(case: Case, stage: int | None) -> dict[str, np.ndarray]:
     for step in range(method.steps):
         images = _tensor(case[f"in.image.{step}{suffix}"]).to(dtype)
         method.recorded = torch.from_numpy(case[f"in.u{suffix}"][step])
-        features = {t: Features(*(_tensor(case[f"in.teacher.{t}.{token}.{step}{suffix}"]).to(dtype) for token in TOKENS))
+        features = {t: Features(*(_tensor(case[f"in.teacher.{t}.{k}.{step}{suffix}"]).to(dtype) for k in TOKENS))
                     for t in names}  # fmt: skip
         batch = Batch({"image": images}, torch.arange(len(images)), 0, 0, comm.rank)
         targets = method.targets(features, batch)

@@ -220,13 +220,20 @@ def test_a_store_that_cannot_be_written_is_named_among_the_rest(
         ("zero.stage=7", "zero.stage"),
         ("launch.ranks=3", "allowed: 1, 2"),
         ("method.options.hiden=1", "hidden"),
+        ("student.name=vit_tny_patch16_224", "did you mean vit_tiny_patch16_224"),
+        ("train.img_size=36", "patches of 8 pixels"),
+        ("train.precision=bf16 zero.stage=0", "zero.stage=1"),
+        ("train.batch=8 train.micro_batch=4 launch.ranks=1", "4 images"),
     ],
 )
-def test_wrong_settings_are_user_errors(command: Command, tiny_recipe: Path, change: str, words: str) -> None:
+def test_wrong_settings_are_user_errors(
+    command: Command, tiny_recipe: Path, root: str, change: str, words: str
+) -> None:
     code, out, error = command("submit", str(tiny_recipe), "--set", change)
     assert code == 2
     assert words in error
     assert "Traceback" not in error
+    assert Run.list(root) == []
 
 
 def test_status_and_logs_tell_what_happened(

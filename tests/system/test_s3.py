@@ -18,7 +18,8 @@ from core.bucket_client import S3Options
 from core.cache import ShardCache
 from core.storage import AccessDenied, Store, crc32c, open_store
 from tests.conftest import TOOLS, Ceph
-from tests.core.test_storage import BucketBehaviour, StoreBehaviour, each_operation, keys, quick  # noqa: F401
+from tests.core.test_bucket import BucketBehaviour, quick  # noqa: F401 (a fixture)
+from tests.core.test_storage import StoreBehaviour, each_operation, keys
 
 pytestmark = pytest.mark.system
 IMPATIENT = S3Options(attempts=8, read_timeout_s=1.0)

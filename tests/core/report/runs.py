@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from core.config import Recipe, Teacher, to_yaml
@@ -19,8 +18,8 @@ Json = dict[str, Any]
 class RunFolder:
     """A run in a store of its own; each call adds one part."""
 
-    def __init__(self, folder: Path, run_id: str = "toy-0123456789") -> None:
-        self.root = f"file://{folder}/store"
+    def __init__(self, root: str, run_id: str = "toy-0123456789") -> None:
+        self.root = root
         self.store: Store = open_store(self.root).sub(f"runs/{run_id}")
 
     def recipe(self, name: str = "toy", teachers: Iterable[str] = ("big", "wise"), **fields: Any) -> RunFolder:

@@ -15,7 +15,7 @@ from tests.core.report.runs import START, RunFolder, scores, training_rows
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path)
+    return RunFolder(f"file://{tmp_path}/store")
 
 
 @pytest.fixture
@@ -37,10 +37,11 @@ def tiles(page: Element) -> dict[str, str]:
     return {t.all("dt")[0].text: t.all("dd")[0].text for t in page.all("div", "tile")}
 
 
-def test_write_puts_one_page_into_the_run_folder_and_returns_its_address(finished: RunFolder) -> None:
-    uri = report.write(finished.store, finished.root)
-    assert uri == f"{finished.store.uri}/report.html"
-    written = finished.store.get("report.html").decode()
+def test_write_puts_one_page_into_the_run_folder_and_returns_its_address(store_uri: str) -> None:
+    run = RunFolder(store_uri).recipe().succeeded().metrics(training_rows(5)).checkpoint(5)
+    uri = report.write(run.store, run.root)
+    assert uri == f"{store_uri}/runs/toy-0123456789/report.html"
+    written = run.store.get("report.html").decode()
     assert written.startswith("<!doctype html>")
     assert read(written).all("title")[0].text == "toy: succeeded"
 
@@ -72,6 +73,13 @@ def test_the_headline_says_how_good_how_fast_and_how_long(finished: RunFolder) -
     assert found["Steps"] == "40of 40"
     assert found["Wall time"].startswith("1 min 15 s")
     assert found["Attempts"].startswith("1")
+
+
+def test_the_steps_of_a_run_in_stages_say_which_one(run: RunFolder) -> None:
+    run.recipe(stages={"small": {}, "large": {"img_size": 336}}).metrics(training_rows(8, stage="small"))
+    assert tiles(page(run))["Steps"] == "8in stage small, 1 of 2"
+    run.metrics(training_rows(3, stage="large", first=8), attempt=2, start_step=8)
+    assert tiles(page(run))["Steps"] == "11in stage large, 2 of 2"
 
 
 def test_results_show_every_model_and_emphasise_the_best_student(run: RunFolder) -> None:
@@ -182,6 +190,9 @@ def test_a_failed_run_shows_its_reason_and_the_next_commands(run: RunFolder) -> 
     run.recipe().moves(("created", 0, 0, {}), ("queued", 1, 1, {}), ("failed", 1, 5, {"reason": reason}))
     [note] = page(run).all("div", "note")
     assert "".join(note.all("pre")[0].words) == reason
+    attempts = section(page(run), "Attempts")
+    assert rows(attempts.all("table")[0])[0][-1] == "rank 1: exit code 1"
+    assert "".join(attempts.all("pre")[0].words) == reason
     assert f"make resume RUN=toy-0123456789 STORE={run.root}" in note.text
 
 
@@ -206,8 +217,8 @@ def test_values_that_are_not_finite_are_counted_and_crossed(run: RunFolder) -> N
 HOSTILE = "</pre></style><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;\x1b[31m\x00"
 
 
-def test_text_from_the_store_never_becomes_markup(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path).recipe(name=HOSTILE, teachers=(HOSTILE, "big"))
+def test_text_from_the_store_never_becomes_markup(run: RunFolder) -> None:
+    run.recipe(name=HOSTILE, teachers=(HOSTILE, "big"))
     log = f"{HOSTILE}\n{HOSTILE}"
     run.moves(("created", 0, 0, {}), ("queued", 1, 1, {"host": HOSTILE}), ("failed", 1, 5, {"reason": log}))
     going = training_rows(5, [HOSTILE], stage="one") + training_rows(5, [HOSTILE], stage=HOSTILE, first=5)

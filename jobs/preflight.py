@@ -1,0 +1,38 @@
+"""What can be told of a recipe before it is queued: its networks fit each other, and its data are enough."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Build student and teachers of every stage without weights or memory.  Raises ConfigError."""
+    import torch
+
+    from core.engine import check_precision
+    from core.methods.base import create
+    from core.models.students import create as create_model
+    from core.models.students import describe
+    from core.models.teachers import describe_teachers
+
+    for name in recipe.stage_names():
+        settings = recipe.stage(name)
+        check_precision(settings, recipe.zero.stage)
+        with torch.device("meta"):
+            student = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
+        info = describe(student, recipe.student.name, settings.img_size, "student")
+        create(recipe, settings, 1).check(info, describe_teachers(recipe, info))
+
+
+def check_data(recipe: Recipe, root: str) -> None:
+    """The training images are of a known kind and enough for a step of every stage.  Raises ConfigError, DataError."""
+    from core.data.source import open_source
+    from core.stage import schedule
+    from core.storage import resolve
+
+    samples = len(open_source(resolve(recipe.data.source, root)))
+    for name in recipe.stage_names():
+        schedule(recipe.stage(name), samples)

@@ -1,0 +1,32 @@
+"""`make demo`, as on a machine that has nothing but the environment."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.system.cli import Shell
+
+pytestmark = pytest.mark.system
+
+
+def test_the_demo_distils_evaluates_exports_and_reports_and_is_not_repeated(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    first = shell("demo", timeout_s=900)
+    assert re.search(r"knn +student", first)
+    assert "linear: student beats the best of the untrained ones by" in first
+    assert "NOT REACHED" not in first
+    report = Path(re.search(r"report: (\S+)", first)[1])
+    page = report.read_text()
+    assert "<svg" in page
+    assert "http://127" not in page, "the report stands alone"
+    runs = sorted((tmp_path / ".retort" / "demo" / "runs").iterdir())
+    second = shell("demo", timeout_s=300)
+    assert "already done" in second
+    assert re.search(r"knn +student", second)
+    assert sorted((tmp_path / ".retort" / "demo" / "runs").iterdir()) == runs
+    assert len(list((runs[0] / "transitions").iterdir())) == len(
+        list((runs[0] / "transitions").glob("00000[0-3].json"))
+    )

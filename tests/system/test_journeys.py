@@ -1,0 +1,127 @@
+"""Whole runs through the command line, real ranks and a real store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.metrics import read_metrics
+from core.storage import open_store
+from tests.conftest import S3Server
+from tests.system.cli import Shell, run_id, wait_for
+
+pytestmark = pytest.mark.system
+
+# A run of the demo recipe that lasts some seconds and logs and saves often.
+RANDOM = "teachers.digits_masked.weights=random teachers.digits_supervised.weights=random"
+SHORT = ("--profile", "smoke", "--set", f"train.steps=60 checkpoint.every_steps=10 checkpoint.keep=3 {RANDOM}")
+
+
+def _losses(store: str, run: str) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(open_store(f"{store}/runs/{run}")) if "loss" in row}
+
+
+def _processes(run: str) -> list[int]:
+    """Ranks of a run on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"jobs.worker" in words and run.encode() in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def _step(store: str, run: str) -> int:
+    beat = open_store(f"{store}/runs/{run}")
+    return int(json.loads(beat.get("heartbeat.json")).get("step", 0)) if beat.size("heartbeat.json") else 0
+
+
+def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
+    whole, cut = f"file://{tmp_path}/whole", f"file://{tmp_path}/cut"
+    shell = Shell(tmp_path)
+    run = shell.submit("demo", *SHORT, "--store", whole)
+    process = shell.start("submit", "demo", *SHORT, "--store", cut)
+    wait_for("a step after the first checkpoint", lambda: _step(cut, run) >= 12)
+    os.kill(_processes(run)[-1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert run_id(out) == run
+    assert "logs" in out, "a failed run says where to look"
+    stopped = max(_losses(cut, run))
+    assert 10 <= stopped < 60
+    shell("resume", run, "--store", cut)
+    assert len(_losses(whole, run)) == 60
+    assert _losses(cut, run) == _losses(whole, run)
+
+
+@pytest.fixture
+def s3_server(ceph: S3Server) -> S3Server:
+    """The real server behind `bucket` in this file."""
+    return ceph
+
+
+def test_unic_l_runs_both_stages_in_smoke_profile_against_a_real_s3_server(tmp_path: Path, bucket: str) -> None:
+    shell = Shell(tmp_path, RETORT_STORE=bucket)
+    run = shell.submit("unic-l", "--profile", "smoke")
+    rows = read_metrics(open_store(f"{bucket}/runs/{run}"))
+    assert {row["stage"] for row in rows} == {"s224", "s336"}
+    for stage in ("s224", "s336"):
+        heldout = [row["heldout_loss"] for row in rows if row["stage"] == stage and "heldout_loss" in row]
+        assert heldout[-1] < heldout[0], f"{stage}: the loss on held-out images must fall: {heldout}"
+    assert "already done" in shell("submit", "unic-l", "--profile", "smoke")
+    assert shell.status(run)["state"] == "succeeded"
+    assert "rank-0000" in shell("logs", run)
+    results = json.loads(shell("eval", run, "--json"))
+    assert {row["model"] for row in results["knn"]["rows"]} >= {"student", "untrained 1", "raw pixels"}
+    shell("export", run)
+    assert "report.html" in shell("report", run)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    for entry in open_store(f"{bucket}/runs/{run}").list():
+        assert secret.encode() not in open_store(f"{bucket}/runs/{run}").get(entry.key), entry.key
+
+
+def _photos(folder: Path) -> None:
+    """A person's folder: JPEGs of all sizes, some of other kinds, some broken."""
+    rng = np.random.default_rng(1)
+    (folder / "holiday").mkdir(parents=True)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "holiday" / f"{i:02d}.JPG", "JPEG")
+    Image.new("L", (50, 60), 90).save(folder / "grey.png")
+    Image.new("CMYK", (50, 60)).save(folder / "print.jpg")
+    whole = (folder / "holiday" / "00.JPG").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").touch()
+
+
+def test_a_folder_of_jpegs_is_data_and_broken_files_are_counted_and_passed_over(tmp_path: Path) -> None:
+    _photos(tmp_path / "photos")
+    shell, store = Shell(tmp_path), f"file://{tmp_path}/store"
+    sizes = "train.batch=8 train.micro_batch=4 train.steps=9 data.max_bad_share=0.5"
+    fields = f"data.source=file://{tmp_path}/photos data.heldout= {sizes}"
+    run = shell.submit("unic-b", "--profile", "smoke", "--set", fields, "--store", store)
+    rows: list[dict[str, Any]] = read_metrics(open_store(f"{store}/runs/{run}"))
+    assert rows[-1]["step"] == 9
+    assert rows[-1]["bad_samples"] >= 1
+
+
+def test_cancel_stops_a_run_and_submit_takes_it_up_again(tmp_path: Path) -> None:
+    shell, store = Shell(tmp_path), f"file://{tmp_path}/store"
+    run = shell.submit("demo", *SHORT, "--store", store, "--detach")
+    wait_for("the first step", lambda: _step(store, run) >= 1)
+    shell("cancel", run, "--store", store)
+    wait_for("the ranks' end", lambda: not _processes(run))
+    assert json.loads(shell("status", run, "--store", store, "--json"))["state"] == "cancelled"
+    assert shell.submit("demo", *SHORT, "--store", store) == run
+    assert max(_losses(store, run)) == 60
