@@ -7,27 +7,25 @@ the options of a method are checked by `core.methods.base.complete`, which does 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
+
+from core.merge import ConfigError as ConfigError
+from core.merge import Overlay, flatten, merge, nested, parse, read, to_object
+from core.merge import nearest as nearest
 
 RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 SCHEMA = 1
 # Groups that say where and how fast a run goes, not what comes out of it: they are left out of the fingerprint.
 NOT_IDENTITY = ("store", "zero", "launch", "loader", "checkpoint", "log", "evaluate", "about")
-
-
-class ConfigError(ValueError):
-    """A recipe, profile or override is wrong. The message names the field, the file and line, and the fix."""
 
 
 @dataclass
@@ -163,25 +161,22 @@ class Recipe:
 
     def stage(self, name: str) -> Train:
         """Settings of one stage: `train` with the stage's overlay.  Raises ConfigError for a wrong key or value."""
-        base = OmegaConf.structured(self.train)
-        return cast(Train, _to_object(_merge(base, self.stages.get(name, {}), f"stages.{name}", Path(self.name))))
+        overlay = Overlay(self.stages.get(name, {}), self.name, prefix=f"stages.{name}")
+        return cast(Train, to_object(merge(OmegaConf.structured(self.train), Train, overlay)))
 
 
 CHOICES = {
     "train.precision": ("bf16", "fp32"), "zero.stage": (0, 1, 2, 3), "launch.device": ("auto", "cpu", "cuda"),
     "teachers.*.cls": ("token", "pooled"), "teachers.*.normalize": ("student", "own"),
 }  # fmt: skip
-POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "data.block", "checkpoint.every_steps",
-            "checkpoint.keep", "log.every_steps", "evaluate.seeds")  # fmt: skip
+POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
+            "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",
+            "log.every_steps", "evaluate.seeds")  # fmt: skip
 NOT_NEGATIVE = ("train.epochs", "train.steps", "train.lr", "train.min_lr", "train.lr_batch", "train.weight_decay",
-                "train.warmup_epochs", "train.eps", "train.clip", "launch.ranks", "launch.threads", "loader.workers",
-                "seed", "student.drop_path", "data.max_bad_share")  # fmt: skip
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """A hint to append to an error: the nearest valid name, if one is near."""
-    near = difflib.get_close_matches(name, valid, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+                "train.warmup_epochs", "train.betas", "train.eps", "train.clip", "launch.ranks", "launch.threads",
+                "loader.workers", "log.flush_s", "seed", "student.drop_path", "data.max_bad_share")  # fmt: skip
+BELOW = {"train.betas": 1, "student.drop_path": 1, "seed": 2**32}
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of teachers and stages: part of keys, addresses and module names
 
 
 def names() -> list[str]:
@@ -195,17 +190,16 @@ def load(name: str, profile: str = "", dotlist: list[str] | None = None) -> Reci
     Raises ConfigError: unknown recipe, profile, key or value, with file, line and the nearest valid name.
     """
     path = _find(name)
-    config = OmegaConf.structured(Recipe(name=re.sub(r"[^a-z0-9-]+", "-", path.stem.lower())))
-    overlays: list[tuple[Path, dict[str, Any]]] = []
-    _collect(path, overlays, seen=())
-    for file, content in overlays:
-        config = _merge(config, {k: v for k, v in content.items() if k not in ("base", "profiles")}, "", file)
-    if profile:
-        for file, content in _profile(profile, path, overlays):
-            config = _merge(config, content, "", file)
-    for item in dotlist or []:
-        config = _override(config, item)
-    recipe = cast(Recipe, _to_object(config))
+    files = _collect(path, seen=())
+    layers = [dataclasses.replace(f, values=_without(f.values, "base", "profiles")) for f in files]
+    layers += _profile(profile, files) if profile else []
+    layers += [_override(item) for item in dotlist or []]
+    config = OmegaConf.structured(Recipe(name=re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")))
+    for layer in layers:
+        config = merge(config, Recipe, layer)
+        for stage, values in layer.values.get("stages", {}).items():  # judged here, where the line is known
+            merge(OmegaConf.structured(Train), Train, layer.below(f"stages.{stage}", f"stages.{stage}", values))
+    recipe = cast(Recipe, to_object(config))
     check(recipe)
     return recipe
 
@@ -216,19 +210,26 @@ def check(recipe: Recipe) -> None:
         raise ConfigError(f"schema: this Retort reads recipes of schema {SCHEMA}, not {recipe.schema}")
     if not recipe.method.name:
         raise ConfigError("method.name: not set; a recipe names its method, for example `method: {name: unic}`")
-    flat = _flatten(dataclasses.asdict(recipe))
+    if not re.fullmatch("[a-z0-9][a-z0-9-]*", recipe.name):
+        raise ConfigError(f"name: {recipe.name!r} must be made of a-z, 0-9 and -, as it becomes part of addresses")
+    for group in ("teachers", "stages"):
+        for name in getattr(recipe, group):
+            if not re.fullmatch(NAME, name):
+                raise ConfigError(f"{group}: the name {name!r} must be made of letters, digits, _ and -")
+    flat = flatten(_without(to_dict(recipe), "stages"))
     for stage in recipe.stage_names():
-        settings = recipe.stage(stage)
         prefix = f"stages.{stage}" if recipe.stages else "train"
-        if settings.micro_batch > 0 and settings.batch % settings.micro_batch:
-            raise ConfigError(
-                f"{prefix}.batch: {settings.batch} is not a multiple of micro_batch {settings.micro_batch}"
-            )
-        if settings.steps == 0 and settings.epochs == 0:
-            raise ConfigError(f"{prefix}: neither steps nor epochs is set")
-        flat.update({f"{prefix}.{k}": v for k, v in dataclasses.asdict(settings).items()})
+        flat |= _check_stage(recipe.stage(stage), prefix)
     for key, value in flat.items():
         _check_value(key, value)
+
+
+def _check_stage(settings: Train, prefix: str) -> dict[str, Any]:
+    if settings.micro_batch > 0 and settings.batch % settings.micro_batch:
+        raise ConfigError(f"{prefix}.batch: {settings.batch} is not a multiple of micro_batch {settings.micro_batch}")
+    if settings.steps == 0 and settings.epochs == 0:
+        raise ConfigError(f"{prefix}: neither steps nor epochs is set")
+    return {f"{prefix}.{k}": v for k, v in dataclasses.asdict(settings).items()}
 
 
 def _check_value(key: str, value: Any) -> None:
@@ -237,12 +238,15 @@ def _check_value(key: str, value: Any) -> None:
     if allowed and value not in allowed:
         hint = nearest(str(value), [str(a) for a in allowed])
         raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(str, allowed))}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: {value} is not a finite number")
-    if generic in POSITIVE and value <= 0:
-        raise ConfigError(f"{key}: must be above 0, got {value}")
-    if generic in NOT_NEGATIVE and value < 0:
-        raise ConfigError(f"{key}: must not be negative, got {value}")
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{key}: {number} is not a finite number")
+        if generic in POSITIVE and number <= 0:
+            raise ConfigError(f"{key}: must be above 0, got {number}")
+        if generic in NOT_NEGATIVE and number < 0:
+            raise ConfigError(f"{key}: must not be negative, got {number}")
+        if generic in BELOW and number >= BELOW[generic]:
+            raise ConfigError(f"{key}: must be below {BELOW[generic]}, got {number}")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -255,69 +259,64 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def from_yaml(text: str, file: str = "recipe.yaml") -> Recipe:
-    """A resolved recipe as stored in a run folder."""
-    merged = _merge(OmegaConf.structured(Recipe), yaml.safe_load(text), "", Path(file))
-    return cast(Recipe, _to_object(merged))
+    """A resolved recipe as stored in a run folder.  Raises ConfigError."""
+    recipe = cast(Recipe, to_object(merge(OmegaConf.structured(Recipe), Recipe, parse(text, file))))
+    check(recipe)
+    return recipe
 
 
 def fingerprint(recipe: Recipe) -> str:
     """Hex digest of all that the result depends on: not world size, ZeRO stage, launcher, store, logging."""
-    identity = {k: v for k, v in to_dict(recipe).items() if k not in NOT_IDENTITY}
+    identity = _without(to_dict(recipe), *NOT_IDENTITY, "train", "stages")
+    # As a list, because the order of stages matters; resolved, because where a setting is written does not.
+    identity["stages"] = [[name, dataclasses.asdict(recipe.stage(name))] for name in recipe.stage_names()]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-# -- reading and merging ------------------------------------------------------------------------------------------
+# -- where settings come from -------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> Path:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file() or (path.parent == RECIPES and name not in names() and not name.endswith((".yaml", ".yml"))):
-        hint = nearest(name, names())
+def _find(name: str, folder: Path | None = None) -> Path:
+    """A recipe that comes with Retort, or a YAML file by path (a base's path counts from the file that names it)."""
+    by_path = name.endswith((".yaml", ".yml"))
+    path = (folder or Path()) / name if by_path else RECIPES / f"{name}.yaml"
+    if not path.is_file() or not (by_path or name in names()):
         raise ConfigError(
-            f"recipe {name!r} not found{hint} (known: {', '.join(names())}; or give the path of a YAML file)"
+            f"recipe {name!r} not found{nearest(name, names())} (known: {', '.join(names())}; or give the path of a "
+            f"YAML file)"
         )
-    return path
+    return path.resolve() if folder else path
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of fields")
-    return content
-
-
-def _collect(path: Path, overlays: list[tuple[Path, dict[str, Any]]], seen: tuple[Path, ...]) -> None:
-    """Append the overlays of a recipe, its bases first."""
-    if path in seen:
+def _collect(path: Path, seen: tuple[Path, ...]) -> list[Overlay]:
+    """The files of a recipe, its bases first."""
+    if path.resolve() in seen:
         raise ConfigError(f"{path}: base recipes form a circle")
-    content = _read(path)
-    if base := content.get("base"):
-        _collect(_find(str(base)), overlays, (*seen, path))
-    overlays.append((path, content))
+    own = read(path)
+    base = own.values.get("base")
+    if base is None:
+        return [own]
+    if not isinstance(base, str):
+        raise ConfigError(f"{own.place('base')}: base: give one recipe by name or path, not {base!r}")
+    return [*_collect(_find(base, path.parent), (*seen, path.resolve())), own]
 
 
-def _profile(
-    profile: str, path: Path, overlays: list[tuple[Path, dict[str, Any]]]
-) -> list[tuple[Path, dict[str, Any]]]:
-    common = RECIPES / "profiles" / f"{profile}.yaml"
-    found = [(common, _read(common))] if re.fullmatch(r"[a-z0-9-]+", profile) and common.is_file() else []
-    found += [
-        (file, content["profiles"][profile]) for file, content in overlays if profile in content.get("profiles", {})
-    ]
-    if not found:
-        known = sorted({p.stem for p in (RECIPES / "profiles").glob("*.yaml")})
-        raise ConfigError(f"profile {profile!r} not found for {path}; known: {', '.join(known)}")
-    return found
+def _profile(profile: str, files: list[Overlay]) -> list[Overlay]:
+    """The profile that all recipes share, then what the recipe's files add to it."""
+    shared = {p.stem: p for p in (RECIPES / "profiles").glob("*.yaml")}
+    own = [f.below("profiles", "", f.values.get("profiles")) for f in files]
+    if profile not in shared and not any(profile in o.values for o in own):
+        known = sorted(shared.keys() | {name for o in own for name in o.values})
+        raise ConfigError(
+            f"profile {profile!r} not found for {files[-1].file}{nearest(profile, known)} (known: {', '.join(known)})"
+        )
+    found = [read(shared[profile])] if profile in shared else []
+    return found + [o.below(profile, "", o.values[profile]) for o in own if profile in o.values]
 
 
-def _override(config: DictConfig, item: str) -> DictConfig:
+def _override(item: str) -> Overlay:
     key, sign, text = item.partition("=")
-    if not sign or not key:
+    if not sign or not all(key.split(".")):
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
         value = yaml.safe_load(text) if text else ""  # key= empties a field
@@ -325,75 +324,8 @@ def _override(config: DictConfig, item: str) -> DictConfig:
         raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as a string
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return _merge(config, nested, "", Path("SET"))
+    return Overlay(nested(key, value), "SET")
 
 
-def _merge(config: DictConfig, overlay: dict[str, Any], prefix: str, file: Path) -> DictConfig:
-    try:
-        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.create(overlay)))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        _explain(error, config, overlay, prefix, file)
-
-
-def _explain(error: Exception, config: DictConfig, overlay: dict[str, Any], prefix: str, file: Path) -> NoReturn:
-    """Turn OmegaConf's refusal into field, file:line, reason and the nearest valid name."""
-    key = str(getattr(error, "full_key", "") or "")
-    valid = list(_flatten(cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=False)), groups=True))
-    unknown = [k for k in _flatten(overlay, groups=True) if k not in valid and not _open(k)]
-    where = f"{prefix}.{key}" if prefix and key else key or prefix
-    place = f"{file}{_line(file, key)}"
-    if unknown and (not key or key in unknown):
-        key = key or unknown[0]
-        where = f"{prefix}.{key}" if prefix else key
-        dotted = [f"{prefix}.{v}" if prefix else v for v in valid]
-        leaf = [v for v in dotted if v.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = nearest(where, dotted) or (f"; did you mean {leaf[0]}?" if leaf else "")
-        raise ConfigError(f"{place}: unknown field {where}{hint}") from None
-    where = where or next(iter(_flatten(overlay)), "")
-    raise ConfigError(f"{place}: {where}: {str(error).splitlines()[0]}") from None
-
-
-def _open(key: str) -> bool:
-    """Fields whose keys are free: names of teachers and stages, options and timm arguments."""
-    teacher = key.split(".")
-    if teacher[0] == "teachers":
-        known = {f.name for f in dataclasses.fields(Teacher)}
-        return len(teacher) < 3 or teacher[2] in known
-    return key.startswith(("stages.", "method.options.", "student.args."))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "", groups: bool = False) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            if groups:
-                flat[f"{prefix}{key}"] = value
-            flat.update(_flatten(value, f"{prefix}{key}.", groups))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _line(file: Path, key: str) -> str:
-    """`:LINE` of a dotted key in a YAML file, or nothing."""
-    if not key or not file.is_file():
-        return ""
-    node: Any = yaml.compose(file.read_text(), Loader=yaml.SafeLoader)
-    line = 0
-    for part in key.split("."):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        match = [(k, v) for k, v in pairs if k.value == part]
-        if not match:
-            break
-        line, node = match[0][0].start_mark.line + 1, match[0][1]
-    return f":{line}" if line else ""
-
-
-def _to_object(config: DictConfig) -> Any:
-    try:
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+def _without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in keys}

@@ -63,7 +63,7 @@ class MetricsLog:
         self._board = Board(run) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(row))
+        self._lines.append(json.dumps(clean(row)))
         if self._board is not None:
             self._board.add(row)
         if time.monotonic() - self._when > self._flush_s:

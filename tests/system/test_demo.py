@@ -16,7 +16,7 @@ def test_the_demo_distils_evaluates_exports_and_reports_and_is_not_repeated(tmp_
     shell = Shell(tmp_path)
     first = shell("demo", timeout_s=900)
     assert re.search(r"knn +student", first)
-    assert "linear: student beats the best of the untrained ones by" in first
+    assert re.search(r"linear: student top-1 .* with 3 seeds; at least .* as asked", first)
     assert "NOT REACHED" not in first
     report = Path(re.search(r"report: (\S+)", first)[1])
     page = report.read_text()
@@ -27,6 +27,5 @@ def test_the_demo_distils_evaluates_exports_and_reports_and_is_not_repeated(tmp_
     assert "already done" in second
     assert re.search(r"knn +student", second)
     assert sorted((tmp_path / ".retort" / "demo" / "runs").iterdir()) == runs
-    assert len(list((runs[0] / "transitions").iterdir())) == len(
-        list((runs[0] / "transitions").glob("00000[0-3].json"))
-    )
+    for run in runs:
+        assert len(list((run / "transitions").iterdir())) == 4, "created, queued, running, succeeded, and no more"
