@@ -11,12 +11,12 @@ the slices that overlap what it needs, and every slice carries its own CRC32C.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,90 +25,37 @@ from torch import Tensor
 
 from core.comm import Comm
 from core.engine import KINDS, Engine
-from core.storage import MissingObject, Store, StoreError, crc32c
+from core.manifest import CheckpointError, Manifest, Position, Slice, commit, committed, folder, keys, read
+from core.storage import MissingObject, Store, crc32c
 
-FOLDER = "checkpoints"
-SCHEMA = 1
-GAP = 1 << 20  # ranges closer than this are fetched in one request
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or belongs to something else."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A run of one tensor's flattened elements in one file."""
-
-    name: str
-    kind: str  # weight | exp_avg | exp_avg_sq | buffer | method
-    start: int
-    numel: int
-    dtype: str
-    offset: int  # bytes, in the file
-    size: int
-    crc32c: int
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training goes on."""
-
-    stage: str
-    stage_step: int  # steps of this stage taken
-    step: int  # steps taken over all stages
-    finished: bool  # the stage is complete
-
-
-@dataclass
-class Manifest:
-    position: Position
-    fingerprint: str
-    attempt: int
-    world: int
-    zero_stage: int
-    adam_step: int
-    created: float
-    shapes: dict[str, list[int]]  # of every tensor, by "kind/name" for buffers and method state, else by name
-    files: dict[str, dict[str, int]]  # name -> size, crc32c
-    slices: list[Slice] = field(default_factory=list)
-    schema: int = SCHEMA
-    key: str = ""  # folder, set by the reader
+GAP = 1 << 20  # ranges closer than this are fetched in one request,
+REQUEST = 1 << 28  # which is not extended beyond this size
 
 
 def save(run: Store, engine: Engine, method_state: dict[str, Tensor], comm: Comm, position: Position,
-         fingerprint: str, attempt: int, zero_stage: int) -> str | None:  # fmt: skip
-    """Write this rank's part; rank 0 commits the manifest when all parts are there.  Returns the folder's key."""
-    folder = run.sub(f"{FOLDER}/{position.step:08d}-a{attempt:04d}")
+         fingerprint: str, attempt: int, zero_stage: int) -> bool:  # fmt: skip
+    """Write this rank's part; rank 0 commits the manifest when all parts are there.
+
+    False on all ranks, and nothing written, when some weight, moment or state is not finite: such a checkpoint would
+    only push out a good one.  Raises CheckpointError when this checkpoint is already committed, StoreError.
+    """
     tensors, names = _own_part(engine, method_state, comm)
-    part = f"rank-{comm.rank:04d}"
-    with tempfile.TemporaryDirectory(prefix="retort-checkpoint-") as temporary:
-        path = Path(temporary) / f"{part}.safetensors"
-        save_file(tensors, path)
-        slices = list(_describe(path, names))
-        folder.put_file(path.name, path)
-        about = {
-            "size": path.stat().st_size,
-            "crc32c": crc32c(path.read_bytes()),
-            "slices": [asdict(s) for s in slices],
-        }
-        folder.put(f"{part}.json", json.dumps(about).encode())
+    if not _finite(tensors.values(), comm):
+        return False
+    key = folder(position.step, attempt)
+    if committed(run, key):
+        raise CheckpointError(f"{run.uri}/{key}: is committed already; another process is training this run")
+    _write_part(run.sub(key), f"rank-{comm.rank:04d}", tensors, names)
     comm.barrier()
-    if comm.rank:
-        return None
-    state = {f"method/{k}": list(v.shape) for k, v in method_state.items()}
-    state |= {f"buffer/{k}": list(v.shape) for k, v in engine.buffers().items()}
-    manifest = Manifest(position, fingerprint, attempt, comm.world, zero_stage, engine.adam_step, time.time(),
-                        {k: list(v) for k, v in engine.shapes.items()} | state, {})  # fmt: skip
-    for rank in range(comm.world):
-        name = f"rank-{rank:04d}"
-        about = json.loads(folder.get(f"{name}.json"))
-        manifest.files[f"{name}.safetensors"] = {"size": about["size"], "crc32c": about["crc32c"]}
-        manifest.slices += [Slice(**{**s, "file": f"{name}.safetensors"}) for s in about["slices"]]
-    if not folder.put_if_absent("manifest.json", json.dumps(asdict(manifest)).encode()):
-        raise CheckpointError(f"{folder.uri}: another attempt has committed this checkpoint")
-    return folder.uri.removeprefix(run.uri).strip("/")
+    if comm.rank == 0:
+        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+        shapes |= {f"method/{name}": list(value.shape) for name, value in method_state.items()}
+        shapes |= {f"buffer/{name}": list(value.shape) for name, value in engine.buffers().items()}
+        manifest = Manifest(position, fingerprint, attempt, comm.world, zero_stage, engine.adam_step, time.time(),
+                            shapes, key=key)  # fmt: skip
+        _collect_parts(run.sub(key), manifest)
+        commit(run, manifest)
+    return True
 
 
 def _own_part(
@@ -135,9 +82,24 @@ def _own_part(
     return tensors, names
 
 
-def _describe(path: Path, names: dict[str, tuple[str, str, int]]) -> Iterator[Slice]:
+def _finite(tensors: Iterable[Tensor], comm: Comm) -> bool:
+    """Whether no rank holds an infinity or NaN."""
+    bad = not all(bool(t.isfinite().all()) for t in tensors)
+    return not comm.max(torch.tensor(float(bad), device=comm.device)).item()
+
+
+def _write_part(store: Store, part: str, tensors: dict[str, Tensor], names: dict[str, tuple[str, str, int]]) -> None:
+    with tempfile.TemporaryDirectory(prefix="retort-checkpoint-") as temporary:
+        path = Path(temporary) / f"{part}.safetensors"
+        save_file(tensors, path)
+        store.put_file(path.name, path)
+        raw = path.read_bytes()
+    slices = [asdict(s) for s in _describe(raw, names)]
+    store.put(f"{part}.json", json.dumps({"size": len(raw), "crc32c": crc32c(raw), "slices": slices}).encode())
+
+
+def _describe(raw: bytes, names: dict[str, tuple[str, str, int]]) -> Iterator[Slice]:
     """Byte ranges and checksums of a safetensors file's tensors."""
-    raw = path.read_bytes()
     header_size = int.from_bytes(raw[:8], "little")
     for key, entry in json.loads(raw[8 : 8 + header_size]).items():
         if key == "__metadata__":
@@ -147,38 +109,45 @@ def _describe(path: Path, names: dict[str, tuple[str, str, int]]) -> Iterator[Sl
         yield Slice(name, kind, start, entry["shape"][0], entry["dtype"], begin, end - begin, crc32c(raw[begin:end]))
 
 
-def manifests(run: Store) -> list[str]:
-    """Keys of committed checkpoints, oldest first."""
-    return sorted(e.key.rpartition("/")[0] for e in run.list(f"{FOLDER}/") if e.key.endswith("/manifest.json"))
+def _collect_parts(store: Store, manifest: Manifest) -> None:
+    for rank in range(manifest.world):
+        about = json.loads(store.get(f"rank-{rank:04d}.json"))
+        name = f"rank-{rank:04d}.safetensors"
+        manifest.files[name] = {"size": about["size"], "crc32c": about["crc32c"]}
+        manifest.slices += [Slice(**{**s, "file": name}) for s in about["slices"]]
 
 
-def read_manifest(run: Store, key: str) -> Manifest:
-    """Raises CheckpointError when it is not a manifest of this schema."""
-    try:
-        content: dict[str, Any] = json.loads(run.get(f"{key}/manifest.json"))
-        if content.get("schema") != SCHEMA:
-            raise CheckpointError(f"{key}: checkpoint schema {content.get('schema')}, this Retort reads {SCHEMA}")
-        content["position"] = Position(**content["position"])
-        content["slices"] = [Slice(**s) for s in content["slices"]]
-        return Manifest(**{**content, "key": key})
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{key}: unreadable manifest: {error}") from None
+def newest(
+    run: Store, fingerprint: str | None = None, verify: Comm | None = None, warn: Callable[[str], object] = print
+) -> Manifest | None:
+    """The newest checkpoint whose files are all there with the right sizes; damaged ones are named and passed over.
 
-
-def newest(run: Store, fingerprint: str | None = None, warn: Any = print) -> Manifest | None:
-    """The newest checkpoint whose files are all there with the right sizes; damaged ones are named and passed over."""
-    for key in reversed(manifests(run)):
+    verify: also read every byte and compare checksums, shared out between these ranks, which all get the same answer.
+    """
+    for key in reversed(keys(run)):
+        manifest, problem = None, ""
         try:
-            manifest = read_manifest(run, key)
-            if fingerprint is not None and manifest.fingerprint != fingerprint:
-                raise CheckpointError(f"{key}: belongs to another recipe ({manifest.fingerprint[:10]})")
-            for name, about in manifest.files.items():
-                if run.size(f"{key}/{name}") != about["size"]:
-                    raise CheckpointError(f"{key}/{name}: {run.size(f'{key}/{name}')} bytes instead of {about['size']}")
-            return manifest
+            manifest = read(run, key)
+            _check(run, manifest, fingerprint)
+            if verify is not None:
+                Reader(run, manifest).verify(sorted(manifest.files)[verify.rank :: verify.world])
         except (CheckpointError, MissingObject) as error:
-            warn(f"warning: checkpoint passed over: {error}")
+            problem = str(error)
+            warn(f"warning: checkpoint passed over: {problem}")
+        bad = torch.tensor(float(bool(problem)))
+        if not (bad if verify is None else verify.max(bad.to(verify.device))).item():
+            return manifest
     return None
+
+
+def _check(run: Store, manifest: Manifest, fingerprint: str | None) -> None:
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise CheckpointError(f"{manifest.key}: belongs to another recipe ({manifest.fingerprint[:10]})")
+    for name, about in manifest.files.items():
+        size = run.size(f"{manifest.key}/{name}")
+        if size != about["size"]:
+            found = "is not there" if size is None else f"has {size} bytes instead of {about['size']}"
+            raise CheckpointError(f"{manifest.key}/{name} {found}")
 
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -196,35 +165,17 @@ class Reader:
         self._loaded: dict[tuple[str, int], Tensor] = {}  # (file, offset) -> flat tensor
 
     def prefetch(self, wanted: list[tuple[str, str, int, int]]) -> None:
-        """Fetch what these (kind, name, start, numel) ranges need, joining neighbouring byte ranges.
-
-        Raises CheckpointError naming the file and tensor that does not match its checksum.
-        """
-        needed = {
-            (s.file, s.offset): s for kind, name, start, numel in wanted for s in self._over(kind, name, start, numel)
-        }
-        missing = sorted((s for k, s in needed.items() if k not in self._loaded), key=lambda s: (s.file, s.offset))
-        while missing:
-            batch = [missing.pop(0)]
-            while missing and missing[0].file == batch[0].file and missing[0].offset - _end(batch[-1]) < GAP:
-                batch.append(missing.pop(0))
-            begin = batch[0].offset
-            raw = self.run.get_range(f"{self.manifest.key}/{batch[0].file}", begin, _end(batch[-1]) - begin)
-            for piece in batch:
-                data = raw[piece.offset - begin : _end(piece) - begin]
-                if len(data) != piece.size or crc32c(data) != piece.crc32c:
-                    raise CheckpointError(
-                        f"{self.manifest.key}/{piece.file}: checksum of {piece.kind} {piece.name} is wrong"
-                    )
-                flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(_DTYPES[piece.dtype])
-                self._loaded[piece.file, piece.offset] = flat
+        """Fetch what these (kind, name, start, numel) ranges need.  Raises as `verify` does."""
+        needed = {(s.file, s.offset): s for each in wanted for s in self._over(*each)}
+        for piece, data in self._fetch([s for place, s in needed.items() if place not in self._loaded]):
+            flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(_DTYPES[piece.dtype])
+            self._loaded[piece.file, piece.offset] = flat
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements start..start+numel of a flattened tensor, from as many slices as they lie in."""
         self.prefetch([(kind, name, start, numel)])
-        pieces = self._over(kind, name, start, numel)
         parts = []
-        for piece in pieces:
+        for piece in self._over(kind, name, start, numel):
             flat = self._loaded[piece.file, piece.offset]
             parts.append(flat[max(start - piece.start, 0) : start + numel - piece.start])
         return torch.cat(parts)
@@ -233,16 +184,40 @@ class Reader:
         """Every tensor of a kind, in its shape (weights come back fp32)."""
         names = sorted({name for k, name in self._by_tensor if k == kind})
         shapes = {n: self.manifest.shapes[n if kind in KINDS else f"{kind}/{n}"] for n in names}
-        self.prefetch([(kind, n, 0, int(np.prod(shapes[n]))) for n in names])
-        return {n: self.read(kind, n, 0, int(np.prod(shapes[n]))).reshape(shapes[n]) for n in names}
+        self.prefetch([(kind, n, 0, math.prod(shapes[n])) for n in names])
+        return {n: self.read(kind, n, 0, math.prod(shapes[n])).reshape(shapes[n]) for n in names}
 
     def model(self) -> dict[str, Tensor]:
         """State dict of the trainable module: weights, frozen parameters and buffers."""
         return self.whole("weight") | self.whole("buffer")
 
+    def verify(self, files: list[str]) -> None:
+        """Read all slices of these files.  Raises CheckpointError naming file and tensor of a wrong checksum."""
+        for _ in self._fetch([s for s in self.manifest.slices if s.file in files]):
+            pass
+
+    def _fetch(self, pieces: list[Slice]) -> Iterator[tuple[Slice, bytes]]:
+        """Slices and their verified bytes; neighbouring ones come in one request."""
+        missing = sorted(pieces, key=lambda s: (s.file, s.offset))[::-1]
+        while missing:
+            first = missing.pop()
+            batch, end = [first], first.end
+            while missing and missing[-1].file == first.file and _near(missing[-1], first.offset, end):
+                batch.append(missing.pop())
+                end = batch[-1].end
+            raw = self.run.get_range(f"{self.manifest.key}/{first.file}", first.offset, end - first.offset)
+            for piece in batch:
+                data = raw[piece.offset - first.offset : piece.end - first.offset]
+                if len(data) != piece.size or crc32c(data) != piece.crc32c:
+                    where = f"{self.manifest.key}/{piece.file}"
+                    raise CheckpointError(f"{where}: checksum of {piece.kind} {piece.name} is wrong")
+                yield piece, data
+
     def _over(self, kind: str, name: str, start: int, numel: int) -> list[Slice]:
         """Slices that cover a range, in order.  Raises CheckpointError for a hole."""
         pieces = sorted(self._by_tensor.get((kind, name), []), key=lambda s: s.start)
+        if numel == 0:
+            return pieces[:1]
         over = [s for s in pieces if s.start < start + numel and start < s.start + s.numel]
         reached = start
         for piece in over:
@@ -254,8 +229,9 @@ class Reader:
         return over
 
 
-def _end(piece: Slice) -> int:
-    return piece.offset + piece.size
+def _near(piece: Slice, begin: int, end: int) -> bool:
+    """Whether a slice is worth reading in one request with the bytes begin..end before it."""
+    return piece.offset - end < GAP and piece.end - begin <= REQUEST
 
 
 def restore(run: Store, manifest: Manifest, engine: Engine) -> dict[str, Tensor]:
@@ -275,13 +251,3 @@ def restore(run: Store, manifest: Manifest, engine: Engine) -> dict[str, Tensor]
             f.view(kind).copy_(reader.read(kind, f.name, f.start, f.numel))
     engine.finish_load()
     return reader.whole("method")
-
-
-def retain(run: Store, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, manifests first."""
-    for key in manifests(run)[:-keep]:
-        try:
-            run.delete(f"{key}/manifest.json")
-            run.delete(*[e.key for e in run.list(f"{key}/")])
-        except StoreError:
-            return  # a later checkpoint tries again

@@ -1,11 +1,14 @@
-"""What ranks exchange beside gradients: per-micro-batch statistics, log values, the wish to stop."""
+"""What ranks exchange beside gradients: per-micro-batch statistics, log values, names, the wish to stop."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,6 +44,16 @@ class Comm:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def union(self, names: Iterable[str]) -> set[str]:
+        """Names that any rank has, the same set on every rank. Synchronises."""
+        own = sorted(names)
+        if self.world == 1:
+            return set(own)
+        text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8, device=self.device)
+        sizes = self.gather(torch.tensor([len(text)], device=self.device)).tolist()
+        texts = self.gather(F.pad(text, (0, max(sizes) - len(text))).unsqueeze(0)).tolist()
+        return {name for text, size in zip(texts, sizes, strict=True) for name in json.loads(bytes(text[:size]))}
 
     def barrier(self) -> None:
         if self.world > 1:

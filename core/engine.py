@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,10 +77,15 @@ class Engine:
         self.device, self.replicated = device, zero_stage == 0
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
         self.frozen = {n: p.detach().clone().cpu() for n, p in module.named_parameters() if not p.requires_grad}
+        persistent = module.state_dict()
+        self._persistent = [name for name, _ in module.named_buffers() if name in persistent]
+        groups = [group for group in groups if group["params"]]
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.decays = [group["weight_decay"] > 0 for group in groups]
         self.accumulation = settings.batch // settings.micro_batch // world
         self._micro = 0
         self._names = {id(p): name for name, p in module.named_parameters()}
+        self._reached = _Reached(module)
         own_clip = settings.clip if per_parameter_clip else 0.0
         self.adam = ClippedAdamW(groups, settings, own_clip, fused=device.type == "cuda")
         module.to(device)
@@ -117,9 +123,10 @@ class Engine:
     def step(self, lr: float, weight_decay: float | None = None) -> None:
         """One optimiser step after exactly `accumulation` backward calls.  lr: before each group's own lr_scale."""
         assert self._micro == self.accumulation, f"{self._micro} micro-batches instead of {self.accumulation}"
-        for group, scale in zip(self.ds.optimizer.param_groups, self.scales, strict=True):
+        self._reached.check()
+        for group, scale, decays in zip(self.ds.optimizer.param_groups, self.scales, self.decays, strict=True):
             group["lr"] = lr * scale
-            if weight_decay is not None and group["weight_decay"]:
+            if weight_decay is not None and decays:
                 group["weight_decay"] = weight_decay
         self.ds.step()
         self._micro = 0
@@ -149,7 +156,8 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """Frozen parameters and persistent buffers: part of the model, not of the optimiser."""
-        return self.frozen | {n: b.detach().cpu() for n, b in self.module.named_buffers()}
+        buffers = dict(self.module.named_buffers())
+        return self.frozen | {name: buffers[name].detach().cpu() for name in self._persistent}
 
 
 def check_precision(settings: Train, zero_stage: int) -> None:
@@ -165,12 +173,39 @@ def _ds_config(settings: Train, stage: int, accumulation: int, per_parameter_cli
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if per_parameter_clip else settings.clip,
-        "bf16": {"enabled": settings.precision == "bf16"},
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},  # else a host sync a step
         "zero_optimization": {"stage": stage, "round_robin_gradients": False} | norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+class _Reached:
+    """Sees in the first step that every trainable parameter gets a gradient.
+
+    One without would be left out at stage 0 and decayed with a gradient of zero at the others.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._missing = set(wanted)
+        self._hooks = [
+            p.register_hook(partial(self._seen, name))  # type: ignore[no-untyped-call]
+            for name, p in wanted.items()
+        ]
+
+    def _seen(self, name: str, grad: Tensor) -> None:
+        self._missing.discard(name)
+
+    def check(self) -> None:
+        """Raises ValueError that names the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._missing:
+            names = ", ".join(sorted(self._missing))
+            raise ValueError(f"no gradient reaches {names}: the method's build must set requires_grad False for these")
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -22,6 +22,7 @@ class PlainEngine:
         self.module, self.comm, self.clip, self.per_parameter_clip = module, comm, settings.clip, per_parameter_clip
         self.device, self.bf16 = comm.device, settings.precision == "bf16"
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.decays = [group["weight_decay"] > 0 for group in groups]
         self.adam = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         self.accumulation = settings.batch // settings.micro_batch // comm.world
         self.parameters = [p for group in groups for p in group["params"]]
@@ -45,9 +46,9 @@ class PlainEngine:
             clip_per_parameter([p.grad for p in self.parameters], self.clip)
         elif self.clip > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        for group, scale in zip(self.adam.param_groups, self.scales, strict=True):
+        for group, scale, decays in zip(self.adam.param_groups, self.scales, self.decays, strict=True):
             group["lr"] = lr * scale
-            if weight_decay is not None and group["weight_decay"]:
+            if weight_decay is not None and decays:
                 group["weight_decay"] = weight_decay
         self.adam.step()
         self.adam.zero_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from core.data.loader import MicroBatch, eval_batches, steps_per_epoch, train_ba
 from core.data.source import Source, open_source
 from core.data.views import apply_colour, draw_colour, normalize
 from core.engine import Engine, check_precision
+from core.manifest import CheckpointError
 from core.methods.base import Batch, Info, Method, Report, create
-from core.models.students import build_student
+from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
 from core.models.vit import resize_pos_embed
 from core.storage import resolve
@@ -34,11 +37,11 @@ class Stage:
     steps: int
     first_step: int  # steps of the stages before
     source: Source
+    held: Source | None  # held-out images
     method: Method
     teachers: dict[str, FrozenTeacher]
     engine: Engine
     comm: Comm
-    root: str
     rebuild: Callable[[], nn.Module]  # another module like the engine's, for comparisons
 
     def batches(self, start: int) -> Iterator[list[MicroBatch]]:
@@ -59,6 +62,10 @@ class Stage:
             images[view.name] = apply_colour(raw, colour)
         return Batch(images, micro.index, self.recipe.seed, micro.epoch, micro.micro)
 
+    def seed_network(self, step: int, micro: MicroBatch) -> None:
+        """Key what the student draws itself (stochastic depth) by canonical micro-batch, whatever the world size."""
+        torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{self.first_step + step}/{micro.micro}".encode()))
+
     def loss(self, batch: Batch) -> tuple[Tensor, Report]:
         """Teachers, student and loss of one micro-batch."""
         seen = batch.views[self.method.teacher_view]
@@ -68,41 +75,41 @@ class Stage:
 
     @torch.no_grad()
     def heldout(self) -> float | None:
-        """Mean loss on held-out images: evaluation transform and mode, nothing dropped; None without such images."""
-        if not self.recipe.data.heldout:
+        """Mean loss over all held-out images: evaluation transform and mode, nothing dropped; None without images."""
+        if self.held is None:
             return None
-        source = open_source(resolve(self.recipe.data.heldout, self.root), _cache(self.recipe.loader))
-        size = min(self.settings.micro_batch, len(source) // self.comm.world)
-        rounds = len(source) // self.comm.world // size  # equal on all ranks: ZeRO-3 forwards are collective
-        total = torch.zeros((), device=self.engine.device)
+        device, side, share = self.engine.device, self.settings.img_size, -(-len(self.held) // self.comm.world)
+        size = min(self.settings.micro_batch, share)
+        batches = eval_batches(self.held, side, size, 0, self.comm.rank, self.comm.world)
+        nothing = torch.zeros(1, 3, side, side, dtype=torch.uint8), None, torch.zeros(1, dtype=torch.int64)
+        total = torch.zeros(2, device=device)  # losses of images, images
         self.engine.train(False)
-        for number, (images, _, index) in enumerate(
-            eval_batches(source, self.settings.img_size, size, 0, self.comm.rank, self.comm.world)
-        ):
-            if number == rounds:
-                break
-            x = normalize(images.to(self.engine.device))
+        for _ in range(-(-share // size)):  # as often on every rank: ZeRO-3 forwards are collective
+            images, labels, index = next(batches, nothing)
+            x, count = normalize(images.to(device)), 0 if labels is None else len(index)
             views = {view.name: x for view in self.method.views()}
-            total += self.loss(Batch(views, index, self.recipe.seed, 0, 0, training=False))[0]
+            loss, _ = self.loss(Batch(views, index, self.recipe.seed, 0, 0, training=False))
+            total += torch.stack([loss.float() * count, loss.new_tensor(count, dtype=torch.float32)])
         self.engine.train(True)
-        return float(self.comm.mean(total / rounds))
+        losses, images_seen = self.comm.sum(total).tolist()
+        return losses / images_seen if images_seen else None
 
 
-def build(
-    recipe: Recipe, name: str, first_step: int, root: str, comm: Comm, reader: Reader | None
-) -> tuple[Stage, int]:
-    """A stage ready to train, and the step it starts at.
+def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: Reader | None) -> tuple[Stage, int]:
+    """A stage ready to train, and the step of it to start at.
 
-    reader: the checkpoint to go on from: one of this stage (everything is restored) or the last one of the stage
-    before (weights and method state are taken over, the optimiser starts afresh).
+    step: taken by the run so far.  reader: the checkpoint to go on from: one of this stage (everything is restored) or
+    the last one of the stage before (weights and method state are taken over, the optimiser starts afresh).
     Raises ConfigError, DataError, WeightsError, StoreError, CheckpointError.
     """
     settings = recipe.stage(name)
     check_precision(settings, recipe.zero.stage)
-    source = open_source(resolve(recipe.data.source, root), _cache(recipe.loader))
+    cache = _cache(recipe.loader)
+    source = open_source(resolve(recipe.data.source, root), cache)
+    held = open_source(resolve(recipe.data.heldout, root), cache) if recipe.data.heldout else None
     settings, steps = schedule(settings, len(source))
     check_world(settings, comm.world)
-    _, info = build_student(recipe.student, settings.img_size, recipe.seed, root)
+    info = describe_student(recipe.student, settings.img_size)
     infos = describe_teachers(recipe, info)
     method = create(recipe, settings, steps)
     method.check(info, infos)
@@ -118,14 +125,15 @@ def build(
     module = fresh()
     here = reader is not None and reader.manifest.position.stage == name
     if reader is not None:
-        _take_over(module, reader.whole("buffer") if here else reader.model(), info)
+        _take_over(module, reader, here, info)
     engine = Engine(module, method.param_groups(module), settings, zero_stage=recipe.zero.stage, world=comm.world,
                     per_parameter_clip=method.per_parameter_clip, device=comm.device)  # fmt: skip
     method.to(comm.device)
     if reader is not None:
         method.load_state(restore(reader.run, reader.manifest, engine) if here else reader.whole("method"))
-    stage = Stage(name, recipe, settings, steps, first_step, source, method, teachers, engine, comm, root, fresh)
-    return stage, reader.manifest.position.stage_step if reader is not None and here else 0
+    start = reader.manifest.position.stage_step if reader is not None and here else 0
+    stage = Stage(name, recipe, settings, steps, step - start, source, held, method, teachers, engine, comm, fresh)
+    return stage, start
 
 
 def schedule(settings: Train, samples: int) -> tuple[Train, int]:
@@ -151,15 +159,21 @@ def check_world(settings: Train, world: int) -> None:
         )
 
 
-def _take_over(module: nn.Module, weights: dict[str, Tensor], info: Info) -> None:
-    """Load another stage's weights; a position table of another image size is resized by the released rule."""
-    own = module.state_dict()
-    for name, value in weights.items():
-        if name.endswith("pos_embed") and own[name].shape != value.shape:
+def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> None:
+    """Load buffers, and from another stage also weights, whose position table may be of another image size.
+
+    Raises CheckpointError when the names are not those of the module.
+    """
+    own, given = module.state_dict(), reader.whole("buffer") if here else reader.model()
+    for name, value in given.items():
+        if name.endswith("pos_embed") and name in own and own[name].shape != value.shape:
             prefix = own[name].shape[1] - info.grid[0] * info.grid[1]
-            side = int((value.shape[1] - prefix) ** 0.5)
-            weights[name] = resize_pos_embed(value, (side, side), info.grid, prefix)
-    module.load_state_dict(weights, strict=False)
+            side = math.isqrt(value.shape[1] - prefix)
+            given[name] = resize_pos_embed(value, (side, side), info.grid, prefix)
+    missing, unexpected = module.load_state_dict(given, strict=False)
+    wrong = unexpected if here else [*missing, *unexpected]
+    if wrong:
+        raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(wrong)}")
 
 
 def _cache(loader: Loader) -> ShardCache:

@@ -6,21 +6,29 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from core.config import ConfigError, Student, nearest
 from core.methods.base import Info
 from core.models.locate import read_weights
-from core.models.vit import set_drop_path
+from core.models.vit import as_vit, set_drop_path
 from core.models.weights import load_strict
 
 
 def create(name: str, args: dict[str, Any], img_size: int | None, field: str) -> nn.Module:
-    """A headless timm model with random weights.  Raises ConfigError for an unknown name or argument."""
+    """A headless timm model with random weights, for images of `img_size` where its weights depend on that.
+
+    Raises ConfigError for an unknown name or argument.
+    """
     if name not in timm.list_models(name):
-        raise ConfigError(f"{field}.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
-    arguments = {**({"img_size": img_size} if img_size else {}), **args}
+        base, _, tag = name.partition(".")
+        hint = f"; {tag!r} names weights: write name: {base} and weights: hub:timm/{name}" if tag else ""
+        raise ConfigError(f"{field}.name: timm has no model {name!r}{hint or nearest(name, timm.list_models())}")
+    config = timm.get_pretrained_cfg(name)
+    sized = img_size is not None and (config is None or config.fixed_input_size)
+    arguments = {**({"img_size": img_size} if sized else {}), **args}
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
@@ -30,8 +38,9 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
 
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     """Shapes of a model's features for images of `img_size`.  Raises ConfigError when the grid does not divide it."""
-    if not isinstance(model, VisionTransformer):
+    if not _is_plain_vit(model):
         return Info(name, int(getattr(model, "num_features", 0)), 0, 0, (0, 0), 0, has_cls=False, is_vit=False)
+    model = as_vit(model)
     patch = int(model.patch_embed.patch_size[0])
     if img_size % patch:
         raise ConfigError(
@@ -44,14 +53,33 @@ def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, prefix, has_cls, is_vit=True)
 
 
+def _is_plain_vit(model: nn.Module) -> bool:
+    """Whether block outputs can be taken: no convolutional stem, no tokens but class and registers."""
+    plain = isinstance(model, VisionTransformer) and not hasattr(model, "dist_token")
+    return plain and type(model.patch_embed) is PatchEmbed
+
+
+def describe_student(student: Student, img_size: int) -> Info:
+    """Shapes of the student for one stage, from meta tensors: nothing is allocated, no weights are needed."""
+    with torch.device("meta"):
+        return describe(create(student.name, student.args, img_size, "student"), student.name, img_size, "student")
+
+
 def build_student(student: Student, img_size: int, seed: int, root: str) -> tuple[nn.Module, Info]:
-    """The student for one stage, the same on every rank: its initial weights depend on `seed` alone."""
+    """The student for one stage, the same on every rank: its initial weights depend on `seed` alone.
+
+    Raises ConfigError, WeightsError, StoreError.
+    """
+    info = describe_student(student, img_size)
+    own = {} if info.is_vit or not student.drop_path else {"drop_path_rate": student.drop_path}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create(student.name, student.args, img_size, "student")
-    info = describe(model, student.name, img_size, "student")
+        model = create(student.name, own | student.args, img_size, "student")
     if student.weights:
         load_strict(model, read_weights(student.weights, student.name, root))
-    if info.is_vit:
-        set_drop_path(model, student.drop_path)
+    if info.is_vit and student.drop_path:
+        try:
+            set_drop_path(model, student.drop_path)
+        except TypeError as error:
+            raise ConfigError(f"student.drop_path: {student.name}: {error}") from None
     return model, info

@@ -200,9 +200,12 @@ def test_values_that_are_not_finite_stay_valid_json(run: Store, value) -> None:
 def test_tensorboard_gets_every_number_of_a_row(run: Store, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(run, 1, 0, tensorboard=str(tmp_path / "board"))
+    log = MetricsLog(run, 1, 0, tensorboard=True)
     log.write({"stage": "main", "step": 7, "loss": 0.5, "epoch": 1})
     log.close()
+    (tmp_path / "board").mkdir()
+    for entry in run.list("tensorboard/"):
+        run.get_file(entry.key, tmp_path / "board" / entry.key.rpartition("/")[2])
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     assert {(name, e.step, e.value) for name in board.Tags()["scalars"] for e in board.Scalars(name)} == {
         ("loss", 7, 0.5),

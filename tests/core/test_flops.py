@@ -1,0 +1,59 @@
+"""FLOPs from shapes agree with torch's counter on the real forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from core.config import load
+from core.flops import network_flops, stage_cost
+from core.methods.base import complete, create
+from core.models.students import create as create_model
+from core.models.students import describe
+from core.models.teachers import describe_teachers, take
+
+
+def _counted(run: Callable[[], object]) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("demo", "main"), ("unic-b", "main"), ("unic-l", "s224"), ("unic-l", "s336")]
+)
+def test_student_ladder_and_teachers_agree_with_the_counter_within_a_percent(name: str, stage: str) -> None:
+    recipe = complete(load(name))
+    settings, cost = recipe.stage(stage), stage_cost(recipe, stage)
+    with torch.device("meta"):
+        student = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
+        info = describe(student, recipe.student.name, settings.img_size, "student")
+        infos = describe_teachers(recipe, info)
+        module = create(recipe, settings, 1).build(student, info, infos).eval()
+        images = torch.empty(1, 3, settings.img_size, settings.img_size)
+        assert cost.student + cost.heads == pytest.approx(_counted(lambda: module({"image": images})), rel=0.01)
+        for key, teacher in recipe.teachers.items():
+            model = create_model(teacher.name, teacher.args, None, key).eval()
+            size = infos[key].grid[0] * infos[key].patch
+            seen = torch.empty(1, 3, size, size)
+            counted = _counted(lambda m=model, x=seen, c=teacher.cls: take(m, x, c))
+            assert cost.teachers[key] == pytest.approx(counted, rel=0.01)
+
+
+def test_unic_costs_what_the_method_notes_say() -> None:
+    cost = stage_cost(complete(load("unic-b")), "main")
+    assert cost.step == pytest.approx(0.330e12, rel=0.01)
+    assert cost.heads == pytest.approx(2 * 13.94e9, rel=0.01)
+    assert cost.head_params == 141_723_648
+
+
+def test_a_network_without_plain_vit_blocks_is_counted_by_running_it() -> None:
+    with torch.device("meta"):
+        swin = create_model("swin_tiny_patch4_window7_224", {}, 224, "student")
+        info = describe(swin, "swin_tiny_patch4_window7_224", 224, "student")
+        assert not info.is_vit
+        assert network_flops(swin, info, 224) == pytest.approx(2 * 4.5e9, rel=0.05)
