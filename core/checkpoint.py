@@ -239,11 +239,10 @@ def restore(run: Store, manifest: Manifest, engine: Engine) -> dict[str, Tensor]
 
     Works at any world size and ZeRO stage that the fragments describe.  Raises CheckpointError, StoreError.
     """
-    reader = Reader(run, manifest)
-    fragments = engine.fragments()
-    absent = [f.name for f in fragments if f.name not in manifest.shapes]
-    if absent:
-        raise CheckpointError(f"{manifest.key}: has no parameter {absent[0]} (and {len(absent) - 1} more)")
+    reader, fragments = Reader(run, manifest), engine.fragments()
+    stored = {s.name: tuple(manifest.shapes[s.name]) for s in manifest.slices if s.kind == "weight"}
+    if differ := sorted(name for name, _ in stored.items() ^ engine.shapes.items()):
+        raise CheckpointError(f"{manifest.key}: other names or shapes of parameters: {', '.join(differ)}")
     reader.prefetch([(kind, f.name, f.start, f.numel) for f in fragments for kind in KINDS])
     engine.prepare_load(manifest.adam_step)
     for f in fragments:

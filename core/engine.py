@@ -80,6 +80,7 @@ class Engine:
         persistent = module.state_dict()
         self._persistent = [name for name, _ in module.named_buffers() if name in persistent]
         groups = [group for group in groups if group["params"]]
+        _check_groups(module, groups)
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
         self.decays = [group["weight_decay"] > 0 for group in groups]
         self.accumulation = settings.batch // settings.micro_batch // world
@@ -160,6 +161,15 @@ class Engine:
         return self.frozen | {name: buffers[name].detach().cpu() for name in self._persistent}
 
 
+def _check_groups(module: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless every trainable parameter, and no other, is in one group."""
+    grouped = sorted(id(p) for group in groups for p in group["params"])
+    wanted = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    if grouped != sorted(wanted):
+        left_out = ", ".join(name for key, name in wanted.items() if key not in grouped) or "none"
+        raise ValueError(f"the method's groups must hold each trainable parameter once; left out: {left_out}")
+
+
 def check_precision(settings: Train, zero_stage: int) -> None:
     """Raises ConfigError where DeepSpeed would silently take another trajectory."""
     if settings.precision == "bf16" and zero_stage == 0:
@@ -167,13 +177,18 @@ def check_precision(settings: Train, zero_stage: int) -> None:
 
 
 def _ds_config(settings: Train, stage: int, accumulation: int, per_parameter_clip: bool) -> dict[str, Any]:
+    bf16 = settings.precision == "bf16"
+    # Small gradients vanish when micro-batches are added up in bf16. DeepSpeed adds in fp32 from stage 2 on; its stage
+    # 1 would take another optimiser, whose fragments lie elsewhere: so stage 1 in bf16 cuts gradients as well.
+    stage = max(stage, 2) if bf16 else stage
     clips = settings.clip > 0 and not per_parameter_clip
     norm = {"compute_grad_norm": clips} if stage in (1, 2) else {}  # an unused norm would cost a host sync a step
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if per_parameter_clip else settings.clip,
-        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},  # else a host sync a step
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # the check is a host sync a step
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": stage, "round_robin_gradients": False} | norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

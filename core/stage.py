@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Stage:
             self.source, self.method.views(), seed=self.recipe.seed, batch=s.batch, micro_batch=s.micro_batch,
             block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
             world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
+            pin=self.comm.device.type == "cuda",
         )  # fmt: skip
 
     def batch(self, micro: MicroBatch) -> Batch:
@@ -104,7 +106,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     """
     settings = recipe.stage(name)
     check_precision(settings, recipe.zero.stage)
-    cache = _cache(recipe.loader)
+    cache = shard_cache(recipe.loader)
     source = open_source(resolve(recipe.data.source, root), cache)
     held = open_source(resolve(recipe.data.heldout, root), cache) if recipe.data.heldout else None
     settings, steps = schedule(settings, len(source))
@@ -176,6 +178,7 @@ def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> Non
         raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(wrong)}")
 
 
-def _cache(loader: Loader) -> ShardCache:
-    folder = Path(loader.cache_dir) if loader.cache_dir else Path(tempfile.gettempdir()) / "retort-shards"
-    return ShardCache(folder, int(loader.cache_gb * 1e9))
+def shard_cache(loader: Loader) -> ShardCache:
+    """The node's cache: the recipe's folder, or one of this user's own in the system's temporary directory."""
+    own = Path(tempfile.gettempdir()) / f"retort-shards-{os.getuid()}"
+    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9))

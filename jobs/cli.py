@@ -43,7 +43,7 @@ VERBS = {
     "resume": Verb("submit.resume", "go on from the newest checkpoint", RUN, ("set", "store", *LAUNCH)),
     "shards": Verb("data.shards", "rewrite a data set into indexed shards", ("src", "dst"), ("short_side",)),
     "features": Verb("later.features", "store a recipe's teacher outputs", RECIPE, RESOLVE),
-    "eval": Verb("results.evaluate", "evaluate a run's student", RUN, ("store", "eval", "json")),
+    "eval": Verb("results.evaluate", "evaluate a run's student", RUN, ("set", "store", "eval", "json")),
     "export": Verb("results.export", "write a run's student for others to load", RUN, ("store", "format")),
     "report": Verb("results.report", "write a run's report", RUN, ("store",)),
     "gc": Verb("later.gc", "remove what no run refers to", (), ("store", "dry")),

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BUG, OK
+from jobs.errors import BUG, OK, PREEMPTED
 from jobs.settings import Settings
 
 MIRROR = Path(".retort") / "demo"
@@ -72,11 +72,14 @@ def _one(settings: Settings) -> tuple[int, Any]:
     """Submit, and evaluate and export what has not been yet.  Returns submit's exit code and the run."""
     from core.evaluate.run import evaluate
     from core.export import export
+    from jobs.record import State
     from jobs.spec import run_id
     from jobs.verbs.submit import submit
 
     code = submit(settings)
     run = _newest(settings.store, run_id(settings.load_recipe()))
+    if code == OK and run.last().state != State.SUCCEEDED:  # left with Ctrl-C: the run goes on
+        code = PREEMPTED
     if code == OK and not _results(run):
         export(run.store, run.root, ["timm"])
         evaluate(run.store, run.root, [], _say)

@@ -16,7 +16,8 @@ EXPECTED = (
     ("core.data.source", "DataError", USER),
     ("core.models.weights", "WeightsError", USER),
     ("core.storage", "StoreError", NOT_READY),
-    ("core.train", "NonFiniteLossError", BUG),
+    ("core.guard", "NonFiniteLossError", BUG),
+    ("core.manifest", "CheckpointError", BUG),
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY")
 

@@ -21,6 +21,8 @@ MIB, GB, HOUR = 2**20, 1e9, 3600.0
 
 def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0) -> dict[str, Any]:
     """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8).  Raises ConfigError."""
+    if gpus < 0:
+        raise ConfigError(f"GPUS: must not be negative, got {gpus}")
     if gpu not in GPUS:
         raise ConfigError(f"GPU: {gpu!r} is not known{nearest(gpu, list(GPUS))} (known: {', '.join(GPUS)})")
     from core.flops import stage_cost

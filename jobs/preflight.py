@@ -10,20 +10,15 @@ if TYPE_CHECKING:
 
 def check_networks(recipe: Recipe) -> None:
     """Build student and teachers of every stage without weights or memory.  Raises ConfigError."""
-    import torch
-
     from core.engine import check_precision
     from core.methods.base import create
-    from core.models.students import create as create_model
-    from core.models.students import describe
+    from core.models.students import describe_student
     from core.models.teachers import describe_teachers
 
     for name in recipe.stage_names():
         settings = recipe.stage(name)
         check_precision(settings, recipe.zero.stage)
-        with torch.device("meta"):
-            student = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
-        info = describe(student, recipe.student.name, settings.img_size, "student")
+        info = describe_student(recipe.student, settings.img_size)
         create(recipe, settings, 1).check(info, describe_teachers(recipe, info))
 
 

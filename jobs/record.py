@@ -78,11 +78,14 @@ class View:
         return self.last.state in ACTIVE and not self.lost
 
 
+ID = r"[a-z0-9][a-z0-9-]*"
+
+
 class Run:
     """One run folder in the store."""
 
     def __init__(self, root: str, run_id: str) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", run_id):
+        if not re.fullmatch(ID, run_id):
             raise UserError(f"run {run_id!r}: not a run id; `make status` lists them")
         self.root, self.id = root, run_id
         self.uri = f"{root}/runs/{run_id}"
@@ -103,7 +106,8 @@ class Run:
         store, ids, after = open_store(root), [], ""
         while entry := next(iter(store.list("runs/", after=after)), None):
             run_id = entry.key.split("/")[1]
-            ids.append(run_id)
+            if re.fullmatch(ID, run_id) and Run(root, run_id).exists():  # else somebody's own file
+                ids.append(run_id)
             after = f"runs/{run_id}0"  # "0" follows "/" in key order
         return ids
 

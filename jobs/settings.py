@@ -53,9 +53,11 @@ class Settings:
         """The recipe resolved with profile and overrides, its method's options checked.  Raises ConfigError."""
         name = self.need("recipe")
         from core.config import load
-        from core.methods.base import complete
 
-        return complete(load(name, self.profile, list(self.set)))
+        recipe = load(name, self.profile, list(self.set))
+        from core.methods.base import complete  # imports torch: only for a recipe that is right so far
+
+        return complete(recipe)
 
     def root(self, recipe: Recipe | None = None) -> str:
         """URI of the store: SET, then --store, the recipe, RETORT_STORE, and a folder under the current one."""

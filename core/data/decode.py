@@ -15,7 +15,7 @@ from core.data.source import CorruptImage as CorruptImage
 
 MAX_PIXELS = 1 << 27  # 134 million: 400 MB decoded; beyond it, one file could take down a node
 # Only plain pixel formats: Pillow's list also holds ones that run other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def decode(data: bytes) -> torch.Tensor:

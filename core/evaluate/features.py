@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.config import ConfigError
 from core.data.loader import eval_batches
 from core.data.source import Source
 from core.data.views import normalize
@@ -20,6 +21,9 @@ class FeatureSet:
     features: Tensor  # (N, D) float32, CPU
     labels: Tensor  # (N,) int64
 
+    def to(self, device: torch.device) -> FeatureSet:
+        return FeatureSet(self.features.to(device), self.labels.to(device))
+
 
 @torch.inference_mode()
 def extract(extractors: dict[str, Extractor], source: Source, img_size: int, device: torch.device, batch: int = 256,
@@ -29,6 +33,8 @@ def extract(extractors: dict[str, Extractor], source: Source, img_size: int, dev
     labels = []
     for images, label, _ in eval_batches(source, img_size, batch, workers):
         x = normalize(images.to(device))
+        if bool((label < 0).any()):
+            raise ConfigError("evaluate: some images have no label; put each into the folder of its class")
         labels.append(label)
         for name, extractor in extractors.items():
             found[name].append(extractor(x).float().cpu())

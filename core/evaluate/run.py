@@ -6,6 +6,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from core.config import ConfigError, Recipe, nearest
-from core.data.source import open_source
+from core.data.source import Source, open_source
 from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
 from core.export import load_student, read_recipe
 from core.methods.base import Features, Info
 from core.models.students import build_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
+from core.stage import shard_cache
 from core.storage import Store, resolve
 
 FOLDER = "evaluations"
+FLOAT_BYTES, MOST_PIXEL_BYTES = 4, 2 << 30  # raw pixels of larger sets would not fit in memory
 Say = Callable[[str], None]
 
 
@@ -58,13 +61,15 @@ def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any
                 f"evaluate.{field}: not set in {run.uri}/recipe.yaml; labelled images are needed, "
                 f'for example SET="evaluate.{field}=s3://bucket/imagenet/{field}"'
             )
-    features, classes = _features(recipe, run, root, say)
+    device = pick_device(recipe.launch.device)
+    features, classes = _features(recipe, run, root, device, say)
     results = {}
     for name in names:
         say(f"evaluating by {name}")
         probe = importlib.import_module(f"core.evaluate.{name}").probe
         rows = [
-            {"model": model, **probe(train, test, classes, recipe.seed)} for model, (train, test) in features.items()
+            {"model": model, **probe(train.to(device), test.to(device), classes, recipe.seed)}
+            for model, (train, test) in features.items()
         ]
         results[name] = {"protocol": name, "time": time.time(), "rows": rows, "margin": _margin(recipe, rows),
                          "settings": {"train": recipe.evaluate.train, "test": recipe.evaluate.test, "classes": classes,
@@ -81,25 +86,37 @@ def _margin(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"asked": recipe.evaluate.margin, "reached": reached, "ok": reached >= recipe.evaluate.margin}
 
 
-def _features(recipe: Recipe, run: Store, root: str, say: Say) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
+def _features(
+    recipe: Recipe, run: Store, root: str, device: torch.device, say: Say
+) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
     """(train, test) features of every model, and the number of classes."""
-    device = pick_device(recipe.launch.device)
     student, arguments = load_student(run)
     size = int(arguments["img_size"])
     _, info = build_student(recipe.student, size, 0, root)
     models: dict[str, Extractor] = {"student": _student(student.to(device))}
     models |= _teachers(recipe, info, root, device)
     for seed in range(recipe.evaluate.seeds):
-        untrained, _ = build_student(recipe.student, size, 1000 + seed, root)
+        untrained, _ = build_student(replace(recipe.student, weights=""), size, 1000 + seed, root)
         models[f"untrained {seed + 1}"] = _student(untrained.to(device))
-    models["raw pixels"] = lambda x: x.flatten(1)
+    sources = _sources(recipe, root)
+    if sum(len(source) for source in sources) * 3 * size**2 * FLOAT_BYTES <= MOST_PIXEL_BYTES:
+        models["raw pixels"] = lambda x: x.flatten(1)
     say(f"features of {len(models)} models at {size} px: {', '.join(models)}")
-    sources = [open_source(resolve(uri, root)) for uri in (recipe.evaluate.train, recipe.evaluate.test)]
-    for uri, source in zip((recipe.evaluate.train, recipe.evaluate.test), sources, strict=True):
+    train, test = (extract(models, source, size, device, workers=recipe.loader.workers) for source in sources)
+    return {name: (train[name], test[name]) for name in models}, len(sources[0].classes)
+
+
+def _sources(recipe: Recipe, root: str) -> list[Source]:
+    """Labelled training and test images.  Raises ConfigError unless both have the same classes."""
+    wanted = (recipe.evaluate.train, recipe.evaluate.test)
+    sources = [open_source(resolve(uri, root), shard_cache(recipe.loader)) for uri in wanted]
+    for uri, source in zip(wanted, sources, strict=True):
         if not source.classes:
             raise ConfigError(f"evaluate: {uri} has no labels; use class folders or shards written with labels")
-    train, test = (extract(models, source, size, device) for source in sources)
-    return {name: (train[name], test[name]) for name in models}, len(sources[0].classes)
+    if sources[0].classes != sources[1].classes:
+        odd = sorted(set(sources[0].classes) ^ set(sources[1].classes))
+        raise ConfigError(f"evaluate: {wanted[0]} and {wanted[1]} have different classes, for example {odd[:3]}")
+    return sources
 
 
 def _student(model: nn.Module) -> Extractor:

@@ -19,12 +19,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import ConfigError, Recipe, Train, nearest
 from core.data.views import View
+from core.merge import Overlay, merge, to_object
 
 Report = dict[str, Tensor]
 
@@ -41,6 +41,7 @@ class Info:
     prefix: int  # class and register tokens in front of the patch tokens
     has_cls: bool
     is_vit: bool
+    img_size: int = 0  # of the images it gets in this stage
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,8 @@ def find(name: str) -> type[Method]:
 def complete(recipe: Recipe) -> Recipe:
     """The recipe with its method's options checked and filled in.  Raises ConfigError."""
     method = find(recipe.method.name)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(method.Options), OmegaConf.create(recipe.method.options))
-        options = dataclasses.asdict(cast(Any, OmegaConf.to_object(merged)))
-    except (OmegaConfBaseException, ValueError) as error:
-        valid = [f.name for f in dataclasses.fields(method.Options)]
-        unknown = [k for k in recipe.method.options if k not in valid]
-        if unknown:
-            raise ConfigError(
-                f"method.options.{unknown[0]}: unknown option of {recipe.method.name}{nearest(unknown[0], valid)}"
-            ) from None
-        raise ConfigError(f"method.options: {str(error).splitlines()[0]}") from None
+    overlay = Overlay(recipe.method.options, recipe.name, prefix="method.options")
+    options = dataclasses.asdict(to_object(merge(OmegaConf.structured(method.Options), method.Options, overlay)))
     for teacher in recipe.teachers:
         if not recipe.teachers[teacher].name:
             raise ConfigError(f"teachers.{teacher}.name: not set; give a timm model name")

@@ -112,7 +112,12 @@ class Unic(Method):
                 f"student.name: unic taps every block and the class token of a ViT; {student.name} has "
                 f"{'no class token' if student.is_vit else 'no plain ViT blocks'}"
             )
-        if self.settings.lr_batch == 0 and self.settings.lr == 0:
+        o = self.options
+        if o.hidden < 1 or o.last_hidden < 1:
+            raise ConfigError(f"method.options.hidden, last_hidden: must be above 0, got {o.hidden}, {o.last_hidden}")
+        if not (0 <= o.drop <= 1 and 0 < o.scale[0] <= o.scale[1] <= 1):
+            raise ConfigError(f"method.options.drop, scale: must lie in 0..1, got {o.drop}, {o.scale}")
+        if self.settings.lr == 0:
             raise ConfigError("train.lr: 0 would learn nothing")
 
     def views(self) -> list[View]:

@@ -39,7 +39,8 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     """Shapes of a model's features for images of `img_size`.  Raises ConfigError when the grid does not divide it."""
     if not _is_plain_vit(model):
-        return Info(name, int(getattr(model, "num_features", 0)), 0, 0, (0, 0), 0, has_cls=False, is_vit=False)
+        dim = int(getattr(model, "num_features", 0))
+        return Info(name, dim, 0, 0, (0, 0), 0, has_cls=False, is_vit=False, img_size=img_size)
     model = as_vit(model)
     patch = int(model.patch_embed.patch_size[0])
     if img_size % patch:
@@ -50,7 +51,7 @@ def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     grid = (img_size // patch, img_size // patch)
     has_cls = bool(model.has_class_token)
     prefix = int(model.num_prefix_tokens)
-    return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, prefix, has_cls, is_vit=True)
+    return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, prefix, has_cls, True, img_size)
 
 
 def _is_plain_vit(model: nn.Module) -> bool:

@@ -36,9 +36,7 @@ class FrozenTeacher(nn.Module):
     def __init__(self, teacher: Teacher, model: nn.Module, info: Info, student: Info) -> None:
         super().__init__()
         self.model, self.cls = model, teacher.cls
-        # Equal grids, so that patch tokens match one to one: an image of grid * patch pixels.
-        size = student.grid[0] * info.patch
-        self.size = (size, size) if info.patch != student.patch else None
+        self.size = (info.img_size, info.img_size) if info.img_size != student.img_size else None
         if teacher.normalize == "own":
             _fold_normalisation(model)
         self.requires_grad_(False).eval()
@@ -76,7 +74,11 @@ def describe_teachers(recipe: Recipe, student: Info) -> dict[str, Info]:
         probe = describe(model, teacher.name, 0, f"teachers.{key}")
         if not probe.is_vit:
             raise ConfigError(f"teachers.{key}.name: {teacher.name} is no plain ViT; its patch tokens are needed")
-        infos[key] = describe(model, teacher.name, student.grid[0] * probe.patch, f"teachers.{key}")
+        if teacher.cls == "token" and not probe.has_cls:
+            raise ConfigError(f"teachers.{key}.cls: {teacher.name} has no class token; use teachers.{key}.cls=pooled")
+        # Equal grids, so that patch tokens match one to one; a student without patches leaves images as they are.
+        size = student.grid[0] * probe.patch if student.is_vit else student.img_size
+        infos[key] = describe(model, teacher.name, size, f"teachers.{key}")
     return infos
 
 

@@ -9,17 +9,20 @@ from jobs.errors import OK, UserError
 from jobs.record import Run
 from jobs.settings import Settings
 from jobs.table import table
-from jobs.verbs.submit import say
+from jobs.verbs.submit import say, with_overrides
 
 PLANNED_FORMATS = ("hf", "onnx")
 
 
 def evaluate(settings: Settings) -> int:
+    from core.config import to_yaml
     from core.evaluate import run as evaluation
 
     run = Run.find(settings.root(), settings.need("run"))
     protocols = names(settings.eval)
     evaluation.check_protocols(protocols)
+    if settings.set:
+        run.write_recipe(to_yaml(with_overrides(run.recipe(), settings)))
     results: dict[str, Any] = evaluation.evaluate(run.store, run.root, protocols, _quiet if settings.json else say)
     print(json.dumps(results, indent=1) if settings.json else render(results))
     return OK

@@ -49,7 +49,7 @@ def resume(settings: Settings) -> int:
         raise UserError(f"run {run.id} has succeeded, nothing is left to do; a new one: make submit RECIPE=... FRESH=1")
     if view.active:
         raise UserError(f"run {run.id} is still {view.shown}; stop it first: make cancel RUN={run.id}")
-    recipe = _with_overrides(run.recipe(), settings)
+    recipe = with_overrides(run.recipe(), settings)
     launcher = _launcher(settings, recipe)
     gpus = gpu_count()
     placement = place(recipe, gpus)
@@ -117,13 +117,14 @@ def _nothing_to_do(run: Run, view: View) -> int:
 def _dry(recipe: Recipe, root: str) -> int:
     from jobs import plan
 
+    place(recipe, gpu_count())
     print(_yaml(recipe))
     print(plan.render(plan.plan(recipe, root)))
     print("nothing was submitted (DRY=1)")
     return OK
 
 
-def _with_overrides(recipe: Recipe, settings: Settings) -> Recipe:
+def with_overrides(recipe: Recipe, settings: Settings) -> Recipe:
     """The run's recipe with SET applied.  Raises UserError when that would change the result."""
     if not settings.set:
         return recipe

@@ -265,6 +265,14 @@ def test_a_step_before_the_last_micro_batch_is_a_mistake() -> None:
     assert run_ranks(early, 1) == ["1 micro-batches instead of 4"]
 
 
+def test_groups_that_leave_a_parameter_out_or_hold_it_twice_are_a_mistake() -> None:
+    for wrong in (lambda net: groups(net)[:1], lambda net: groups(net) + groups(net)[:1]):
+        net = Net()
+        with pytest.raises(ValueError, match="each trainable parameter once"):
+            Engine(net, wrong(net), SETTINGS, zero_stage=1, world=1, per_parameter_clip=True,
+                   device=torch.device("cpu"))  # fmt: skip
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")

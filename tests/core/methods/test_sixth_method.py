@@ -56,5 +56,5 @@ def test_it_trains_resumes_bit_equal_and_exports(recipe: Recipe, tmp_path: Path)
 def test_it_has_a_plan_and_strict_options(recipe: Recipe) -> None:
     assert stage_cost(recipe, "main").heads == 2 * 24 * 24
     recipe.method.options["pul"] = 1
-    with pytest.raises(ConfigError, match=r"method\.options\.pul.*did you mean pull"):
+    with pytest.raises(ConfigError, match=r"field method\.options\.pul; did you mean method\.options\.pull"):
         complete(recipe)
