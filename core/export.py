@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -13,6 +13,7 @@ from torch import nn
 from core import checkpoint
 from core.config import ConfigError, Recipe, fingerprint, from_yaml
 from core.methods.base import create
+from core.models.students import build_arguments
 from core.models.students import create as create_model
 from core.models.weights import load_strict
 from core.storage import Store
@@ -24,8 +25,8 @@ def read_recipe(run: Store) -> Recipe:
     return from_yaml(run.get("recipe.yaml").decode(), f"{run.uri}/recipe.yaml")
 
 
-def load_student(run: Store) -> tuple[nn.Module, dict[str, Any]]:
-    """The student of a run's newest checkpoint and the arguments of `timm.create_model` that build it.
+def load_student(run: Store) -> tuple[nn.Module, dict[str, Any], int]:
+    """The student of a run's newest checkpoint, arguments of `timm.create_model` that build it, its images' pixels.
 
     Raises ConfigError when the run has no checkpoint yet.
     """
@@ -34,20 +35,20 @@ def load_student(run: Store) -> tuple[nn.Module, dict[str, Any]]:
     if manifest is None:
         raise ConfigError(f"{run.uri} has no complete checkpoint yet: wait for the first one (checkpoint.every_steps)")
     settings = recipe.stage(manifest.position.stage)
-    arguments = {"img_size": settings.img_size, **recipe.student.args}
+    arguments = build_arguments(recipe.student.name, recipe.student.args, settings.img_size)
     model = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
     load_strict(model, create(recipe, settings, 1).export(checkpoint.Reader(run, manifest).model()))
-    return model.eval(), {"model_name": recipe.student.name, "num_classes": 0, **arguments}
+    return model.eval(), {"model_name": recipe.student.name, "num_classes": 0, **arguments}, settings.img_size
 
 
 def export_timm(run: Store) -> list[str]:
     """model.safetensors, config.json (arguments of create_model), README.md under export/.  Returns their addresses."""
-    model, arguments = load_student(run)
+    model, arguments, size = load_student(run)
     weights = {k: v.detach().to(torch.float32).contiguous() for k, v in model.state_dict().items()}
     files = {
         "model.safetensors": to_safetensors(weights, metadata={"format": "pt"}),
         "config.json": json.dumps(arguments, indent=1, sort_keys=True).encode(),
-        "README.md": _card(run, arguments).encode(),
+        "README.md": _card(run, arguments, size, int(cast(Any, model).num_features)).encode(),
     }
     for name, data in files.items():
         run.put(f"{FOLDER}/{name}", data)
@@ -65,7 +66,7 @@ def export(run: Store, root: str, formats: list[str]) -> list[str]:
     return sorted({uri for f in formats for uri in FORMATS[f](run)})
 
 
-def _card(run: Store, arguments: dict[str, Any]) -> str:
+def _card(run: Store, arguments: dict[str, Any], size: int, dim: int) -> str:
     recipe = read_recipe(run)
     teachers = "\n".join(f"- {key}: {t.name}, licence {t.licence}" for key, t in sorted(recipe.teachers.items()))
     options = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if k != "model_name")
@@ -76,14 +77,14 @@ tags: [image-feature-extraction, distillation, {recipe.method.name}]
 # {recipe.name}: {recipe.student.name} distilled with {recipe.method.name}
 
 Made by Retort, run `{run.uri.rpartition("/")[2]}`, recipe fingerprint `{fingerprint(recipe)[:16]}`.
-Images are normalised with ImageNet's mean and std.
+Images have {size} x {size} pixels and are normalised with ImageNet's mean and std.
 
 ```python
 import timm
 from safetensors.torch import load_file
 model = timm.create_model({arguments["model_name"]!r}, {options})
 model.load_state_dict(load_file("model.safetensors"), strict=True)
-features = model.eval()(images)  # (B, {_dim(run)})
+features = model.eval()(images)  # (B, {dim})
 ```
 
 Teachers (their licences may bind what is derived from them):
@@ -91,23 +92,15 @@ Teachers (their licences may bind what is derived from them):
 """
 
 
-def _dim(run: Store) -> int:
-    recipe = read_recipe(run)
-    with torch.device("meta"):
-        model = create_model(recipe.student.name, recipe.student.args, None, "student")
-    return int(model.num_features)  # type: ignore[arg-type]
-
-
 def verify(run: Store) -> float:
     """Load the exported file with plain timm and compare features with the run's student: the largest difference."""
     import timm
     from safetensors.torch import load
 
-    student, _ = load_student(run)
+    student, _, size = load_student(run)
     arguments = json.loads(run.get(f"{FOLDER}/config.json"))
     plain = timm.create_model(arguments.pop("model_name"), **arguments)
     plain.load_state_dict(load(run.get(f"{FOLDER}/model.safetensors")), strict=True)
-    size = int(arguments["img_size"])
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         difference = (plain.eval()(images) - student(images)).abs().max()

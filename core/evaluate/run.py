@@ -19,7 +19,7 @@ from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
 from core.export import load_student, read_recipe
 from core.methods.base import Features, Info
-from core.models.students import build_student
+from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
 from core.stage import shard_cache
 from core.storage import Store, resolve
@@ -90,9 +90,8 @@ def _features(
     recipe: Recipe, run: Store, root: str, device: torch.device, say: Say
 ) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
     """(train, test) features of every model, and the number of classes."""
-    student, arguments = load_student(run)
-    size = int(arguments["img_size"])
-    _, info = build_student(recipe.student, size, 0, root)
+    student, _, size = load_student(run)
+    info = describe_student(recipe.student, size)
     models: dict[str, Extractor] = {"student": _student(student.to(device))}
     models |= _teachers(recipe, info, root, device)
     for seed in range(recipe.evaluate.seeds):

@@ -26,14 +26,19 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
         base, _, tag = name.partition(".")
         hint = f"; {tag!r} names weights: write name: {base} and weights: hub:timm/{name}" if tag else ""
         raise ConfigError(f"{field}.name: timm has no model {name!r}{hint or nearest(name, timm.list_models())}")
-    config = timm.get_pretrained_cfg(name)
-    sized = img_size is not None and (config is None or config.fixed_input_size)
-    arguments = {**({"img_size": img_size} if sized else {}), **args}
+    arguments = build_arguments(name, args, img_size)
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{field}: timm cannot build {name} with {arguments}: {error}") from None
     return model
+
+
+def build_arguments(name: str, args: dict[str, Any], img_size: int | None) -> dict[str, Any]:
+    """What `timm.create_model` is given: the image size too where a model's weights depend on it."""
+    config = timm.get_pretrained_cfg(name)
+    sized = img_size is not None and (config is None or config.fixed_input_size)
+    return {**({"img_size": img_size} if sized else {}), **args}
 
 
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
@@ -61,7 +66,12 @@ def _is_plain_vit(model: nn.Module) -> bool:
 
 
 def describe_student(student: Student, img_size: int) -> Info:
-    """Shapes of the student for one stage, from meta tensors: nothing is allocated, no weights are needed."""
+    """Shapes of the student for one stage, from meta tensors: nothing is allocated, no weights are needed.
+
+    Raises ConfigError.
+    """
+    if "img_size" in student.args:
+        raise ConfigError("student.args.img_size: the size of a stage's images is train.img_size; remove this one")
     with torch.device("meta"):
         return describe(create(student.name, student.args, img_size, "student"), student.name, img_size, "student")
 

@@ -41,7 +41,7 @@ class FrozenTeacher(nn.Module):
             _fold_normalisation(model)
         self.requires_grad_(False).eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors a loss could not take as they are
     def forward(self, images: Tensor) -> Features:
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)

@@ -56,7 +56,7 @@ class Shifted(Method):
         return next(iter(features.values())).cls
 
     def losses(self, outputs: list[Tensor], targets: Tensor, batch: Batch) -> tuple[Tensor, Report]:
-        loss = sum(F.mse_loss(out.float(), targets.float() + self.options.shift) for out in outputs)
+        loss = sum(F.mse_loss(out.float() - self.options.shift, targets) for out in outputs)
         if batch.training:
             self.pending += loss.detach() / (self.settings.batch // self.settings.micro_batch)
         return loss, {"other": outputs[1].detach().float().mean()}
