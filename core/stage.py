@@ -37,6 +37,7 @@ class Stage:
     settings: Train
     steps: int
     first_step: int  # steps of the stages before
+    run_steps: int  # of all stages
     source: Source
     held: Source | None  # held-out images
     method: Method
@@ -134,7 +135,10 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     if reader is not None:
         method.load_state(restore(reader.run, reader.manifest, engine) if here else reader.whole("method"))
     start = reader.manifest.position.stage_step if reader is not None and here else 0
-    stage = Stage(name, recipe, settings, steps, step - start, source, held, method, teachers, engine, comm, fresh)
+    run_steps = sum(schedule(recipe.stage(each), len(source))[1] for each in recipe.stage_names())
+    stage = Stage(
+        name, recipe, settings, steps, step - start, run_steps, source, held, method, teachers, engine, comm, fresh
+    )
     return stage, start
 
 

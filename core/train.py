@@ -87,11 +87,11 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
             row = {
                 "stage": stage.name,
                 "step": total,
-                "steps": stage.first_step + stage.steps,
+                "steps": stage.run_steps,
                 **meter.read(),
                 **values,
             }
-            row |= {"epoch": micros[0].epoch, "bad_samples": quarantine.count(), **pace.read(stage.steps - taken)}
+            row |= {"epoch": micros[0].epoch, "bad_samples": quarantine.count(), **pace.read(stage.run_steps - total)}
             own.tell(row | {"heldout_loss": stage.heldout() if saving else None})
             losses.check()
         if saving:

@@ -25,6 +25,7 @@ from core.schedules import warmup_cosine
 from core.stats import RunningStats, merge_moments, moments
 
 TOKENS = ("cls", "patch")
+BEHIND_TAPS = ("norm.", "fc_norm.", "attn_pool.", "head.")  # parts of a timm ViT that see the last block's output
 DROP_DRAW = 1000  # key of the teacher-dropping draws, apart from those of the views
 Tokens = dict[str, dict[str, Tensor]]  # teacher -> cls (B, D_t), patch (B, N, D_t)
 
@@ -84,8 +85,9 @@ class UnicModel(nn.Module):
     def __init__(self, student: nn.Module, lp: Ladder, prefix: int) -> None:
         super().__init__()
         self.encoder, self.lp, self.prefix = student, lp, prefix
-        for parameter in cast(nn.Module, student.norm).parameters():
-            parameter.requires_grad_(False)  # taps are taken before the final norm: it stays weight 1, bias 0
+        for name, parameter in student.named_parameters():
+            if name.startswith(BEHIND_TAPS):
+                parameter.requires_grad_(False)  # as the final norm, which stays weight 1, bias 0
 
     def external_parameters(self) -> list[nn.Parameter]:
         """Tokens and position table, read without calling the encoder's own forward."""

@@ -15,6 +15,7 @@ from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.config import Recipe, fingerprint, from_yaml, to_yaml
 from core.data.loader import train_batches
+from core.data.shards import write_shards
 from core.data.source import DataError, open_source
 from core.data.views import View
 from core.export import export, verify
@@ -303,23 +304,24 @@ def test_a_run_stops_above_the_share_of_broken_samples_but_never_for_a_few(
     assert newest_step(root, "run") >= 0
 
 
-def unlabelled(root: str) -> None:
-    """The toy shards again, without labels."""
-    from core.data.shards import write_shards
-
+def in_one_shard(root: str, name: str, labelled: bool) -> Recipe:
+    """The toy images written again as `name`; a recipe that trains on them and names nothing real to evaluate with."""
     source = open_source(f"{root}/data")
-    samples = ((raw.key, raw.data, "png", -1) for raw in map(source.read, range(len(source))))
-    write_shards(samples, open_store(root), "bare", 20_000, [])
-
-
-def test_neither_labels_nor_the_images_of_the_evaluation_are_touched(tmp_path: Path, ends: dict[str, Any]) -> None:
-    root = toy.store(tmp_path)
-    unlabelled(root)
+    images = [source.read(i) for i in range(len(source))]
+    samples = ((raw.key, raw.data, "png", raw.label if labelled else -1) for raw in images)
+    write_shards(samples, open_store(root), name, 10**9, source.classes if labelled else [])
     nowhere = {"train": "store:nowhere", "test": "s3://no-such-bucket/at-all"}
-    wanted = recipe(data={"source": "store:bare"}, evaluate=nowhere)
-    outcome, rows = run_ranks(attempts, 2, [{"wanted": wanted, "name": "run"}], root)[0][0]
-    assert outcome is Outcome.FINISHED
-    assert losses(rows) == losses(ends["whole"][0][1])
+    return recipe(data={"source": f"store:{name}"}, evaluate=nowhere)
+
+
+def test_neither_labels_nor_the_images_of_the_evaluation_are_touched(tmp_path: Path) -> None:
+    root = toy.store(tmp_path)
+    with_labels, bare = in_one_shard(root, "labelled", True), in_one_shard(root, "bare", False)
+    tries = [{"wanted": with_labels, "name": "a"}, {"wanted": bare, "name": "b"}]
+    (first, rows), (second, same) = run_ranks(attempts, 1, tries, root)[0]
+    assert first is second is Outcome.FINISHED
+    assert losses(rows) == losses(same)
+    assert len(losses(rows)) == 6
 
 
 # ---- what a method may do
