@@ -32,7 +32,7 @@ RECIPE, RUN = ("recipe",), ("run",)
 RESOLVE = ("set", "profile", "store")
 LAUNCH = ("launcher", "dirty", "detach")
 VERBS = {
-    "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh",)),
+    "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh", "set")),
     "recipes": Verb("recipes.recipes", "table of the recipes that come with Retort", (), ("json",)),
     "plan": Verb("recipes.plan", "what a recipe costs and what it lacks", RECIPE, (*RESOLVE, "gpu", "gpus", "json")),
     "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, RESOLVE),

@@ -24,7 +24,7 @@ BUCKET = "retort-demo"
 TOLERANCE = 1e-4  # largest difference of features between the exported and the trained student
 
 
-def main(fresh: bool) -> int:
+def main(settings: Settings) -> int:
     """Run, evaluate, export, report; shows the results when it is all done already.  Returns an exit code."""
     from core.storage import open_store
 
@@ -34,25 +34,25 @@ def main(fresh: bool) -> int:
         copied = _copy(mirror, store)
         _say(f"embedded S3 server: {root} at {os.environ['AWS_ENDPOINT_URL']} ({copied} objects from {MIRROR}/)")
         try:
-            code = _journey(root, fresh)
+            code = _journey(replace(settings, recipe="demo", store=root))
         finally:
             _copy(store, mirror)
     _say(f"demo: {time.monotonic() - began:.0f} s")
     return code
 
 
-def _journey(root: str, fresh: bool) -> int:
+def _journey(first: Settings) -> int:
     """The recipe once for each of `evaluate.seeds` seeds; the first run is the one that is shown."""
     from core.export import verify
     from core.report import write
     from jobs.verbs.results import render
 
-    first = Settings(recipe="demo", store=root, fresh=fresh)
-    seeds = [first.load_recipe().seed + i for i in range(first.load_recipe().evaluate.seeds)]
+    recipe = first.load_recipe()
+    seeds = [recipe.seed + i for i in range(recipe.evaluate.seeds)]
     runs = []
     for number, seed in enumerate(seeds):
         _say(f"\nseed {seed} ({number + 1} of {len(seeds)})")
-        code, run = _one(replace(first, set=(f"seed={seed}",) if number else ()))
+        code, run = _one(replace(first, set=(*first.set, f"seed={seed}") if number else first.set))
         if code != OK:
             return code
         runs.append((run, _results(run)))

@@ -8,7 +8,7 @@ from jobs.settings import Settings
 
 
 def demo(settings: Settings) -> int:
-    code: int = importlib.import_module("jobs.demo").main(settings.fresh)
+    code: int = importlib.import_module("jobs.demo").main(settings)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Gradients of many micro-batches are added up without losing the small ones, also when the student computes in bf16."""
+"""Gradients of many micro-batches add up without losing the small ones, also when the student computes in bf16."""
 
 from __future__ import annotations
 
