@@ -59,7 +59,7 @@ def _journey(first: Settings) -> int:
     run, results = runs[0]
     difference = verify(run.store)
     for each, _ in runs:
-        write(each.store, root)
+        write(each.store, each.root)
     print(f"\n{render(results)}\n")
     ok = [difference <= TOLERANCE, *(_compare(name, [found[name] for _, found in runs]) for name in results)]
     _say(f"export loads with plain timm, strict; features differ by at most {difference:.1e}")
@@ -74,12 +74,15 @@ def _one(settings: Settings) -> tuple[int, Any]:
     from core.export import export
     from jobs.record import State
     from jobs.spec import run_id
+    from jobs.verbs.runs import cancel
     from jobs.verbs.submit import submit
 
     code = submit(settings)
     run = _newest(settings.store, run_id(settings.load_recipe()))
-    if code == OK and run.last().state != State.SUCCEEDED:  # left with Ctrl-C: the run goes on
-        code = PREEMPTED
+    if code == OK and run.last().state != State.SUCCEEDED:  # left with Ctrl-C, and the server is about to end
+        cancel(replace(settings, run=run.id))
+        _say("make demo goes on from here")
+        return PREEMPTED, run
     if code == OK and not _results(run):
         export(run.store, run.root, ["timm"])
         evaluate(run.store, run.root, [], _say)

@@ -42,7 +42,7 @@ def _fetch(uri: str) -> tuple[dict[str, Tensor], str]:
         raise WeightsError(f"weights {uri!r}: not the address of a file")
     with tempfile.TemporaryDirectory(prefix="retort-weights-") as temporary:
         path = Path(temporary) / name
-        open_store(folder).get_file(name, path)
+        open_store(f"{folder}/").get_file(name, path)
         sha = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):

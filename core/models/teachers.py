@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import cast
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class FrozenTeacher(nn.Module):
         self.model, self.cls = model, teacher.cls
         self.size = (info.img_size, info.img_size) if info.img_size != student.img_size else None
         if teacher.normalize == "own":
-            _fold_normalisation(model)
+            _fold_normalisation(model, *own_normalisation(teacher))
         self.requires_grad_(False).eval()
 
     @torch.no_grad()  # not inference mode, whose tensors a loss could not take as they are
@@ -48,14 +49,22 @@ class FrozenTeacher(nn.Module):
         return Features(*take(self.model, images.to(next(self.model.parameters()).dtype), self.cls))
 
 
-def _fold_normalisation(model: nn.Module) -> None:
+def own_normalisation(teacher: Teacher) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that a teacher's weights were trained with, as timm has them: by hub id, else by model name."""
+    tagged = teacher.weights.removeprefix("hub:").removeprefix("timm/")
+    config = (timm.get_pretrained_cfg(tagged) if tagged else None) or timm.get_pretrained_cfg(teacher.name)
+    if config is None:
+        raise ConfigError(f"teachers: timm knows no mean and std of {teacher.name}; use normalize: student")
+    return config.mean, config.std
+
+
+def _fold_normalisation(model: nn.Module, own_mean: tuple[float, ...], own_std: tuple[float, ...]) -> None:
     """Make the patch embedding expect ImageNet-normalised pixels instead of the model's own mean and std.
 
     With x = (p - m) / s given and y = (p - m') / s' wanted: y = x * s/s' + (m - m')/s', a per-channel affine map that
     a patch embedding (a convolution without padding) absorbs exactly.
     """
-    config = cast(dict[str, tuple[float, ...]], model.pretrained_cfg)
-    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    mean, std = torch.tensor(own_mean), torch.tensor(own_std)
     given_mean, given_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     conv = cast(nn.Conv2d, cast(nn.Module, model.patch_embed).proj)
     with torch.no_grad():
