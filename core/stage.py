@@ -168,7 +168,7 @@ def check_world(settings: Train, world: int) -> None:
 def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> None:
     """Load buffers, and from another stage also weights, whose position table may be of another image size.
 
-    Raises CheckpointError when the names are not those of the module.
+    Raises CheckpointError when names or shapes are not those of the module.
     """
     own, given = module.state_dict(), reader.whole("buffer") if here else reader.model()
     for name, value in given.items():
@@ -176,10 +176,11 @@ def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> Non
             prefix = own[name].shape[1] - info.grid[0] * info.grid[1]
             side = math.isqrt(value.shape[1] - prefix)
             given[name] = resize_pos_embed(value, (side, side), info.grid, prefix)
-    missing, unexpected = module.load_state_dict(given, strict=False)
-    wrong = unexpected if here else [*missing, *unexpected]
+    wrong = {name for name in given.keys() & own.keys() if given[name].shape != own[name].shape}
+    wrong |= given.keys() - own.keys() if here else given.keys() ^ own.keys()
     if wrong:
-        raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(wrong)}")
+        raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(sorted(wrong))}")
+    module.load_state_dict(given, strict=not here)
 
 
 def shard_cache(loader: Loader) -> ShardCache:

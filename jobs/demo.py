@@ -97,7 +97,7 @@ def _compare(protocol: str, found: list[dict[str, Any]]) -> bool:
     scores = ", ".join(f"{value:.1f}" for value in top1)
     verdict = "as asked" if ok else "NOT REACHED"
     above = f"at least {least:.1f} points above the best untrained one, {asked:g} asked: {verdict}"
-    _say(f"{protocol}: student top-1 {scores} with {len(found)} seeds; {above}")
+    _say(f"{protocol}: student top-1 {scores} with {len(found)} seed(s); {above}")
     return ok
 
 

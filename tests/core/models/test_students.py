@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from core.config import ConfigError, Student
+from core.models.students import build_arguments, build_student, create, describe, describe_student
+from core.models.vit import DropPath
+from core.models.weights import WeightsError
+
+TINY = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+VIT = "vit_tiny_patch16_224"
+
+
+def student(name: str = VIT, args: dict[str, Any] | None = None, **more: Any) -> Student:
+    return Student(name, TINY if args is None else args, **more)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_bse_patch16_224", "student.name: timm has no model .*; did you mean vit_base_patch16_224"),
+        ("vit_tiny_patch16_224.in1k", "weights: write name: vit_tiny_patch16_224 and weights: hub:timm/vit_tiny_"),
+        ("vit_*", "student.name: timm has no model 'vit_[*]'"),
+        ("", "student.name: timm has no model ''"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_told_with_the_nearest_one(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create(name, {}, 224, "student")
+
+
+def test_an_argument_that_timm_does_not_take_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"teachers.x: timm cannot build vit_tiny_patch16_224 .*dpeth"):
+        create(VIT, {"dpeth": 3}, 224, "teachers.x")
+
+
+def test_images_that_patches_do_not_divide_are_refused_with_a_size_that_works() -> None:
+    with pytest.raises(ConfigError, match=r"student: .* patches of 8 pixels, .* images of 20; use train.img_size=16"):
+        describe_student(student(), 20)
+
+
+def test_the_image_size_has_one_place() -> None:
+    with pytest.raises(ConfigError, match=r"student.args.img_size: .* train.img_size; remove this one"):
+        describe_student(student(args={**TINY, "img_size": 32}), 32)
+
+
+def test_stochastic_depth_that_a_model_has_no_place_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"student.drop_path: vit_small_patch16_18x2_224"):
+        build_student(student("vit_small_patch16_18x2_224", {"depth": 1, "embed_dim": 24}, drop_path=0.1), 32, 0, "")
+
+
+# ---- what is known
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "prefix", "has_cls"),
+    [
+        (VIT, {}, 1, True),
+        (VIT, {"reg_tokens": 2}, 3, True),
+        (VIT, {"class_token": False, "global_pool": "avg"}, 0, False),
+        ("deit3_small_patch16_224", {}, 1, True),
+        ("vit_base_patch16_siglip_224", {}, 0, False),
+    ],
+)
+def test_a_plain_vit_is_described_from_its_shapes(name: str, args: dict[str, Any], prefix: int, has_cls: bool) -> None:
+    info = describe_student(student(name, {**TINY, **args}), 32)
+    assert (info.dim, info.depth, info.patch, info.grid, info.img_size) == (24, 3, 8, (4, 4), 32)
+    assert (info.prefix, info.has_cls, info.is_vit) == (prefix, has_cls, True)
+
+
+SWIN, HYBRID, DISTILLED = "swin_tiny_patch4_window7_224", "vit_base_r50_s16_224", "deit_tiny_distilled_patch16_224"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", SWIN, HYBRID, DISTILLED])
+def test_a_network_whose_blocks_cannot_be_tapped_is_no_plain_vit(name: str) -> None:
+    with torch.device("meta"):
+        info = describe(create(name, {}, 224, "student"), name, 224, "student")
+    assert (info.is_vit, info.has_cls, info.img_size) == (False, False, 224)
+    assert info.dim > 0
+
+
+def test_only_models_that_depend_on_it_are_told_the_image_size() -> None:
+    assert build_arguments(VIT, {"depth": 2}, 32) == {"img_size": 32, "depth": 2}
+    assert build_arguments(SWIN, {}, 64) == {"img_size": 64}
+    assert build_arguments("resnet18", {}, 32) == {}
+
+
+# ---- what is built
+
+
+def test_initial_weights_depend_on_the_seed_alone_and_disturb_no_other_draws() -> None:
+    torch.manual_seed(1)
+    first, info = build_student(student(), 16, 22, "")
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.rand(3), drawn)
+    torch.manual_seed(2)
+    again, _ = build_student(student(), 16, 22, "")
+    other, _ = build_student(student(), 16, 23, "")
+    assert info == describe_student(student(), 16)
+    assert all(first.state_dict()[k].equal(v) for k, v in again.state_dict().items())
+    assert not first.state_dict()["pos_embed"].equal(other.state_dict()["pos_embed"])
+
+
+def test_stochastic_depth_grows_over_the_blocks() -> None:
+    model, _ = build_student(student(drop_path=0.2), 16, 0, "")
+    rates = [(block.drop_path1, block.drop_path2) for block in model.blocks]
+    assert all(isinstance(path, DropPath) for pair in rates for path in pair)
+    assert [pair[1].rate for pair in rates] == pytest.approx([0.0, 0.1, 0.2])
+    assert not any(isinstance(m, DropPath) for m in build_student(student(), 16, 0, "")[0].modules())
+
+
+def test_stochastic_depth_of_other_networks_is_timm_s_own() -> None:
+    model, _ = build_student(
+        student("convnext_atto", {"depths": [1, 1, 1, 2], "dims": [8] * 4}, drop_path=0.3), 32, 0, ""
+    )
+    assert [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"][-1] == pytest.approx(0.3)
+
+
+def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
+    source, _ = build_student(student(), 16, 7, "")
+    state = {k: v.detach().contiguous() for k, v in source.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded, _ = build_student(student(weights="store:w.safetensors"), 16, 0, f"file://{tmp_path}")
+    assert all(loaded.state_dict()[k].equal(v) for k, v in state.items())
+    save_file({k: v for k, v in state.items() if k != "norm.bias"} | {"odd": torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"missing: norm.bias\s+unexpected: odd"):
+        build_student(student(weights="store:w.safetensors"), 16, 0, f"file://{tmp_path}")
