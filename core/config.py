@@ -133,6 +133,7 @@ class Evaluate:
     protocols: list[str] = field(default_factory=lambda: ["knn", "linear"])
     margin: float = 0.0  # top-1 points by which the student must beat an untrained one (0 = not asked for)
     seeds: int = 1  # untrained students to compare with
+    students: int = 1  # seeds that `make demo` distils with
 
 
 @dataclass

@@ -42,13 +42,13 @@ def main(settings: Settings) -> int:
 
 
 def _journey(first: Settings) -> int:
-    """The recipe once for each of `evaluate.seeds` seeds; the first run is the one that is shown."""
+    """The recipe once for each of `evaluate.students` seeds; the first run is the one that is shown."""
     from core.export import verify
     from core.report import write
     from jobs.verbs.results import render
 
     recipe = first.load_recipe()
-    seeds = [recipe.seed + i for i in range(recipe.evaluate.seeds)]
+    seeds = [recipe.seed + i for i in range(recipe.evaluate.students)]
     runs = []
     for number, seed in enumerate(seeds):
         _say(f"\nseed {seed} ({number + 1} of {len(seeds)})")

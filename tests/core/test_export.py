@@ -1,73 +1,129 @@
-"""The exported student loads with plain timm, and says what it is."""
-
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
-from safetensors.torch import load
+import torch
+from safetensors.torch import load_file, save_file
 
-from core.config import ConfigError, to_yaml
-from core.evaluate.run import evaluate
-from core.export import export, verify
-from core.storage import open_store
+from core.checkpoint import Reader, newest
+from core.config import ConfigError, Recipe, from_yaml, to_yaml
+from core.export import export, load_student, verify
+from core.manifest import CheckpointError
+from core.methods.base import complete
+from core.models.students import build_student
+from core.storage import Store, open_store
 from core.train import train
 from tests import toy
 from tests.ranks import run_ranks
 
+SECRET = "VerySecretAccessKey0123"
 
-def _run(recipe: object, root: str) -> None:
-    train(recipe, open_store(f"{root}/runs/one"), root, 1, lambda row: None, lambda: False)  # type: ignore[arg-type]
+
+def staged() -> Recipe:
+    """Two short stages, and addresses that should not get around."""
+    wanted = toy.recipe(log={"tensorboard": False}, evaluate={"train": f"s3://me:{SECRET}@inner-bucket/labels"})
+    wanted.stages = {"small": {"img_size": 16, "steps": 1}, "large": {"img_size": 24, "steps": 1}}
+    return complete(from_yaml(to_yaml(wanted)))
+
+
+def trained(root: str) -> None:
+    run = open_store(f"{root}/runs/toy-1")
+    run.put("recipe.yaml", to_yaml(staged()).encode())
+    train(staged(), run, root, 1, lambda row: None, lambda: False)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("export")
-    recipe = toy.recipe(evaluate={"train": "store:data", "test": "store:data", "seeds": 2}, zero={"stage": 3})
-    uri = toy.store(folder)
-    open_store(f"{uri}/runs/one").put("recipe.yaml", to_yaml(recipe).encode())
-    run_ranks(_run, 2, recipe, uri)
-    return uri
+    root = toy.store(tmp_path_factory.mktemp("store"))
+    run_ranks(trained, 1, root)
+    export(open_store(f"{root}/runs/toy-1"), root, ["timm"])
+    return root
 
 
-def test_plain_timm_loads_it_strictly_and_its_features_are_the_students(root: str) -> None:
-    run = open_store(f"{root}/runs/one")
-    assert sorted(export(run, root, ["timm"])) == [
-        f"{run.uri}/export/{n}" for n in ("README.md", "config.json", "model.safetensors")
-    ]
-    arguments = json.loads(run.get("export/config.json"))
+@pytest.fixture
+def run(root: str) -> Store:
+    return open_store(f"{root}/runs/toy-1")
+
+
+@pytest.fixture
+def folder(root: str) -> Path:
+    return Path(f"{root[7:]}/runs/toy-1/export")
+
+
+def test_plain_timm_loads_the_export_strictly_and_computes_the_student_s_features(run: Store, folder: Path) -> None:
+    arguments: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert arguments["img_size"] == 24, "of the last stage"
     model = timm.create_model(arguments.pop("model_name"), **arguments)
-    model.load_state_dict(load(run.get("export/model.safetensors")), strict=True)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    student, _, size = load_student(run)
+    images = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        assert model.eval()(images).equal(student(images))
     assert verify(run) == 0.0
 
 
-def test_the_model_card_shows_how_to_load_it_and_the_teachers_licences(root: str) -> None:
-    run = open_store(f"{root}/runs/one")
-    export(run, root, ["timm"])
-    card = run.get("export/README.md").decode()
-    assert "timm.create_model('vit_tiny_patch16_224'" in card
-    assert "one: vit_tiny_patch16_224, licence unknown" in card
+def test_the_export_is_the_newest_checkpoint_s_encoder_and_nothing_else(run: Store, folder: Path) -> None:
+    manifest = newest(run)
+    assert manifest is not None
+    weights = Reader(run, manifest).model()
+    exported = load_file(folder / "model.safetensors")
+    assert {f"encoder.{name}" for name in exported} == {name for name in weights if name.startswith("encoder.")}
+    assert all(weights[f"encoder.{name}"].equal(value) for name, value in exported.items())
+    fresh, _ = build_student(staged().student, 24, staged().seed, "")
+    assert not exported["blocks.0.mlp.fc1.weight"].equal(fresh.state_dict()["blocks.0.mlp.fc1.weight"])
 
 
-def test_a_run_without_a_checkpoint_and_an_unknown_format_are_refused(root: str) -> None:
-    empty = open_store(f"{root}/runs/empty")
-    empty.put("recipe.yaml", to_yaml(toy.recipe()).encode())
-    with pytest.raises(ConfigError, match="no complete checkpoint yet"):
-        export(empty, root, ["timm"])
-    with pytest.raises(ConfigError, match="'tim' is not one of"):
-        export(empty, root, ["tim"])
+def test_a_difference_between_file_and_student_is_seen(run: Store, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder.parent, tmp_path / "run")
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "norm.bias": state["norm.bias"] + 0.01}, tmp_path / "run" / "export" / "model.safetensors")
+    assert verify(open_store(f"file://{tmp_path}/run")) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_evaluation_compares_student_teachers_untrained_ones_and_pixels(root: str) -> None:
-    run = open_store(f"{root}/runs/one")
-    found = evaluate(run, root, ["knn"], lambda text: None)["knn"]
-    models = [row["model"] for row in found["rows"]]
-    assert models == ["student", "teacher one", "teacher two", "untrained 1", "untrained 2", "raw pixels"]
-    assert (
-        found["rows"][-1]["top1"] == 100.0 or found["rows"][-1]["top1"] > 30.0
-    )  # trained and tested on the same images
-    assert json.loads(run.get("evaluations/knn.json"))["rows"] == found["rows"]
-    with pytest.raises(ConfigError, match="knnn.*did you mean knn"):
-        evaluate(run, root, ["knnn"], lambda text: None)
+def test_the_card_s_own_lines_load_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {"images": torch.rand(3, 3, 24, 24)}
+    exec(code, names)
+    dim = int(re.findall(r"\(B, (\d+)\)", code)[0])
+    assert names["features"].shape == (3, dim)
+
+
+def test_the_card_names_lineage_and_licences_and_no_place_or_credential(root: str, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    for word in ("run `toy-1`", "unic", "- one: vit_tiny_patch16_224, licence unknown", "24 x 24 pixels"):
+        assert word in card
+    for file in ("README.md", "config.json", "model.safetensors"):
+        content = (folder / file).read_bytes()
+        assert not any(word.encode() in content for word in (SECRET, "inner-bucket", "s3://", root, root[7:]))
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(run: Store, root: str) -> None:
+    with pytest.raises(ConfigError, match="FORMAT: 'onxn' is not one of timm, safetensors"):
+        export(run, root, ["timm", "onxn"])
+
+
+def test_a_run_without_a_checkpoint_is_told_to_wait(root: str, tmp_path: Path) -> None:
+    run = open_store(f"file://{tmp_path}")
+    run.put("recipe.yaml", to_yaml(staged()).encode())
+    with pytest.raises(ConfigError, match="has no complete checkpoint yet: wait for the first one"):
+        export(run, root, ["timm"])
+
+
+def test_damaged_weights_are_never_exported(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder.parent, tmp_path / "run")
+    run = open_store(f"file://{tmp_path}/run")
+    manifest = newest(run)
+    assert manifest is not None
+    piece = next(s for s in manifest.slices if s.kind == "weight" and s.name == "encoder.cls_token")
+    data = bytearray(run.get(f"{manifest.key}/{piece.file}"))
+    data[piece.offset] ^= 1
+    run.put(f"{manifest.key}/{piece.file}", bytes(data))
+    with pytest.raises(CheckpointError, match=r"checksum of weight encoder.cls_token is wrong"):
+        load_student(run)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.system
 
 
 def test_the_demo_distils_evaluates_exports_and_reports_and_is_not_repeated(tmp_path: Path) -> None:
-    shell = Shell(tmp_path, SET="evaluate.seeds=1")  # a third of what a person sees
+    shell = Shell(tmp_path)
     first = shell("demo", timeout_s=900)
     assert re.search(r"knn +student", first)
     assert re.search(r"linear: student top-1 .* with 1 seed\(s\); at least .* as asked", first)
