@@ -172,7 +172,7 @@ CHOICES = {
 }  # fmt: skip
 POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
             "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",
-            "log.every_steps", "evaluate.seeds")  # fmt: skip
+            "log.every_steps", "evaluate.seeds", "evaluate.students")  # fmt: skip
 NOT_NEGATIVE = ("train.epochs", "train.steps", "train.lr", "train.min_lr", "train.lr_batch", "train.weight_decay",
                 "train.warmup_epochs", "train.betas", "train.eps", "train.clip", "launch.ranks", "launch.threads",
                 "loader.workers", "log.flush_s", "seed", "student.drop_path", "data.max_bad_share")  # fmt: skip
