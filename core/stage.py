@@ -119,8 +119,11 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
 
+    # A checkpoint holds all weights; the recipe's own may be of another stage's image size.
+    start_from = recipe.student if reader is None else dataclasses.replace(recipe.student, weights="")
+
     def fresh() -> nn.Module:
-        student, _ = build_student(recipe.student, settings.img_size, recipe.seed, root)
+        student, _ = build_student(start_from, settings.img_size, recipe.seed, root)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
             return method.build(student, info, infos)
