@@ -66,7 +66,7 @@ class Data:
     source: str = ""  # folder of images or indexed shards: file:///x, s3://bucket/x, store:x
     heldout: str = ""  # images for the validation loss only
     block: int = 8192  # samples per shuffle block
-    max_bad_share: float = 0.01  # stop the run when more than this share of samples cannot be decoded
+    max_bad_share: float = 0.01  # stop when more than this share of samples, and more than ten, cannot be decoded
 
 
 @dataclass

@@ -27,7 +27,7 @@ train: {img_size: 16, steps: 6, batch: 8, micro_batch: 2, lr: 0.01, lr_batch: 0,
 launch: {device: cpu}
 loader: {workers: 0}
 checkpoint: {every_steps: 2, keep: 5}
-log: {every_steps: 1}
+log: {every_steps: 1, tensorboard: false}
 """
 
 

@@ -44,7 +44,7 @@ def one(name: str, recipe: Recipe, attempt: int, stop_at: int, root: str) -> tup
 
 
 def at(stage: int) -> Recipe:
-    return toy.recipe(zero={"stage": stage}, log={"tensorboard": False})
+    return toy.recipe(zero={"stage": stage})
 
 
 NEVER = 1000

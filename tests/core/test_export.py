@@ -27,7 +27,7 @@ SECRET = "VerySecretAccessKey0123"
 
 def staged() -> Recipe:
     """Two short stages, and addresses that should not get around."""
-    wanted = toy.recipe(log={"tensorboard": False}, evaluate={"train": f"s3://me:{SECRET}@inner-bucket/labels"})
+    wanted = toy.recipe(evaluate={"train": f"s3://me:{SECRET}@inner-bucket/labels"})
     wanted.stages = {"small": {"img_size": 16, "steps": 1}, "large": {"img_size": 24, "steps": 1}}
     return complete(from_yaml(to_yaml(wanted)))
 

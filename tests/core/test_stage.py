@@ -64,10 +64,6 @@ def test_the_shard_cache_is_the_user_s_own_unless_the_recipe_names_a_folder(tmp_
 # ---- batches
 
 
-def recipe(**groups: dict[str, Any]) -> Recipe:
-    return toy.recipe(**{"log": {"tensorboard": False}, **groups})
-
-
 def made(root: str, wanted: Recipe, name: str = "main") -> Stage:
     stage, start = build(wanted, name, 0, root, Comm(CPU), None)
     assert (start, stage.first_step) == (0, 0)
@@ -76,7 +72,7 @@ def made(root: str, wanted: Recipe, name: str = "main") -> Stage:
 
 def one_step(root: str) -> dict[int, Any]:
     """By canonical micro-batch of step 3: samples, pixels on the device and the network's own draws."""
-    stage, found = made(root, recipe()), {}
+    stage, found = made(root, toy.recipe()), {}
     for micro in next(stage.batches(3)):
         batch = stage.batch(micro)
         stage.seed_network(3, micro)
@@ -122,7 +118,7 @@ def pictures(root: str, good: int, bad: tuple[int, ...] = ()) -> str:
 
 
 def with_held(address: str, stage: int = 1, micro_batch: int = 2) -> Recipe:
-    return recipe(data={"heldout": address}, zero={"stage": stage}, train={"micro_batch": micro_batch})
+    return toy.recipe(data={"heldout": address}, zero={"stage": stage}, train={"micro_batch": micro_batch})
 
 
 def test_the_held_out_loss_is_the_mean_over_all_images_whatever_ranks_and_batches(tmp_path: Path) -> None:
@@ -173,7 +169,7 @@ def test_the_held_out_loss_is_taken_without_augmentation_and_without_dropping(tm
 
 
 def staged() -> Recipe:
-    wanted = recipe()
+    wanted = toy.recipe()
     wanted.stages = {"small": {"img_size": 16, "steps": 2}, "large": {"img_size": 40, "steps": 2}}
     return complete(from_yaml(to_yaml(wanted)))
 
@@ -209,11 +205,11 @@ def test_the_next_stage_begins_with_the_weights_and_statistics_of_the_one_before
 
 def misfit(root: str) -> list[str]:
     """What is said of a checkpoint of another recipe, from another stage and from this one."""
-    run, wanted, said = open_store(f"{root}/runs/toy"), recipe(train={"steps": 1}), []
+    run, wanted, said = open_store(f"{root}/runs/toy"), toy.recipe(train={"steps": 1}), []
     train(wanted, run, root, 1, lambda row: None, lambda: False)
     last = newest(run)
     assert last is not None
-    other = recipe(student={"args": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}})
+    other = toy.recipe(student={"args": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}})
     for position in (dataclasses.replace(last.position, stage="before"), last.position):
         with pytest.raises(CheckpointError) as error:
             build(other, "main", 0, root, Comm(CPU), Reader(run, dataclasses.replace(last, position=position)))

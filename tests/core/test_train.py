@@ -28,11 +28,6 @@ from tests.ranks import run_ranks
 
 Rows = list[dict[str, Any]]
 EXTRA = str(Path(__file__).parent / "methods" / "extra")
-PLAIN = {"log": {"tensorboard": False, "every_steps": 1}}
-
-
-def recipe(**groups: dict[str, Any]) -> Recipe:
-    return toy.recipe(**{**groups, "log": {**PLAIN["log"], **groups.get("log", {})}})
 
 
 def attempt(wanted: Recipe, root: str, name: str, number: int = 1, stop_at: int = 1000, rank: int = -1) -> Any:
@@ -96,7 +91,7 @@ def syncs_per_step(root: str) -> list[list[dict[str, int]]]:
 
 
 def steps_of(number: int, stage: int, precision: str, root: str) -> list[dict[str, int]]:
-    quiet = recipe(zero={"stage": stage}, train={"precision": precision}, log={"every_steps": 100},
+    quiet = toy.recipe(zero={"stage": stage}, train={"precision": precision}, log={"every_steps": 100},
                    checkpoint={"every_steps": 100})  # fmt: skip
     marks: list[int] = []
     with Origins() as syncs:
@@ -131,14 +126,16 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # Nothing in the first step, then weights times -1e40 and more, which float32 does not hold.
     explode = {"lr": 1e37, "warmup_steps": 6, "weight_decay": 1e4}
     tries: dict[str, dict[str, Any]] = {
-        "whole": {"wanted": recipe()},
-        "one rank stops": {"wanted": recipe(), "stop_at": 3, "rank": 1},
-        "stop at the end": {"wanted": recipe(), "stop_at": 6},
-        "seldom logged": {"wanted": recipe(log={"every_steps": 4}, checkpoint={"every_steps": 3})},
-        "explodes": {"wanted": recipe(train=explode, checkpoint={"every_steps": 1})},
-        "explodes at stage 3": {"wanted": recipe(train=explode, checkpoint={"every_steps": 1}, zero={"stage": 3})},
-        "explodes unseen": {"wanted": recipe(train=explode, checkpoint={"every_steps": 2}, log={"every_steps": 100})},
-        "explodes late": {"wanted": recipe(train={**explode, "steps": 3}, checkpoint={"every_steps": 1})},
+        "whole": {"wanted": toy.recipe()},
+        "one rank stops": {"wanted": toy.recipe(), "stop_at": 3, "rank": 1},
+        "stop at the end": {"wanted": toy.recipe(), "stop_at": 6},
+        "seldom logged": {"wanted": toy.recipe(log={"every_steps": 4}, checkpoint={"every_steps": 3})},
+        "explodes": {"wanted": toy.recipe(train=explode, checkpoint={"every_steps": 1})},
+        "explodes at stage 3": {"wanted": toy.recipe(train=explode, checkpoint={"every_steps": 1}, zero={"stage": 3})},
+        "explodes unseen": {
+            "wanted": toy.recipe(train=explode, checkpoint={"every_steps": 2}, log={"every_steps": 100})
+        },
+        "explodes late": {"wanted": toy.recipe(train={**explode, "steps": 3}, checkpoint={"every_steps": 1})},
     }
     ranks = run_ranks(attempts, 2, [{"name": name, **given} for name, given in tries.items()], root)
     return {"root": root, **{name: [rank[i] for rank in ranks] for i, name in enumerate(tries)}}
@@ -200,7 +197,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(
 
 
 def samples_of(root: str, step: int, rank: int) -> list[int]:
-    wanted = recipe()
+    wanted = toy.recipe()
     batches = train_batches(
         open_source(f"{root}/data"), [View(size=16)], seed=wanted.seed, batch=8, micro_batch=2, block=16,
         start_step=step - 1, stop_step=step, rank=rank, world=2, workers=0, prefetch=1,
@@ -224,7 +221,7 @@ TWO = {"first": {"img_size": 16, "steps": 3}, "second": {"img_size": 24, "steps"
 
 
 def staged(precision: str = "fp32") -> Recipe:
-    made = recipe(train={"precision": precision})
+    made = toy.recipe(train={"precision": precision})
     made.stages = TWO
     return complete(from_yaml(to_yaml(made)))
 
@@ -267,7 +264,7 @@ def folder(path: Path, good: int, bad: int) -> str:
 
 def quarantined(good: int, bad: int, share: float, path: Path, **more: Any) -> Any:
     root = folder(path, good, bad)
-    wanted = recipe(data={"source": "store:images", "max_bad_share": share}, **more)
+    wanted = toy.recipe(data={"source": "store:images", "max_bad_share": share}, **more)
     return run_ranks(attempts, 2, [{"wanted": wanted, "name": "run"}], root), root, wanted
 
 
@@ -311,7 +308,7 @@ def in_one_shard(root: str, name: str, labelled: bool) -> Recipe:
     samples = ((raw.key, raw.data, "png", raw.label if labelled else -1) for raw in images)
     write_shards(samples, open_store(root), name, 10**9, source.classes if labelled else [])
     nowhere = {"train": "store:nowhere", "test": "s3://no-such-bucket/at-all"}
-    return recipe(data={"source": f"store:{name}"}, evaluate=nowhere)
+    return toy.recipe(data={"source": f"store:{name}"}, evaluate=nowhere)
 
 
 def test_neither_labels_nor_the_images_of_the_evaluation_are_touched(tmp_path: Path) -> None:

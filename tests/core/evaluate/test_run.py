@@ -29,7 +29,7 @@ MODELS = ["student", "teacher one", "teacher two", "untrained 1", "untrained 2",
 
 def recipe(**evaluation: Any) -> Recipe:
     given = {"train": "store:labelled/train", "test": "store:labelled/test", "seeds": 2, **evaluation}
-    return toy.recipe(train={"steps": 1}, log={"tensorboard": False}, evaluate=given)
+    return toy.recipe(train={"steps": 1}, evaluate=given)
 
 
 def trained(root: str, wanted: Recipe, name: str) -> None:
