@@ -16,13 +16,14 @@ import torch
 from tests.golden import units
 
 Check = tuple[str, Any, Any, float]  # array, got, want, tolerance
+EXPECTED = "expected.npz"  # results of a case that is a folder of files
 
 
 class Case(Mapping[str, Any]):
-    """Arrays of one case by name; remembers which were looked at."""
+    """Arrays of one case by name; remembers which were looked at. path: its file, or folder of files."""
 
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = dict(arrays)
+    def __init__(self, arrays: Mapping[str, Any], path: Path) -> None:
+        self._arrays, self.path = dict(arrays), path
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -58,17 +59,20 @@ class Result:
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """Case files in a folder and below, in order; a file stands for itself."""
-    if folder.is_file():
+    """Cases in a folder and below, in order; a file stands for itself, and a folder with EXPECTED for its files."""
+    if folder.is_file() or (folder / EXPECTED).is_file():
         return [folder]
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".npz", ".json") and path.is_file())
+    files = [path for path in folder.rglob("*") if path.suffix in (".npz", ".json") and path.is_file()]
+    whole = {path.parent for path in files if path.name == EXPECTED}
+    return sorted({path for path in files if not whole & set(path.parents)} | whole)
 
 
 def load_case(path: Path) -> Case:
     if path.suffix == ".json":
-        return Case(json.loads(path.read_text()))
-    with np.load(path, allow_pickle=False) as archive:
-        return Case({key: archive[key] for key in archive.files})
+        content = json.loads(path.read_text())
+        return Case(content if isinstance(content, dict) else {"items": content}, path)
+    with np.load(path / EXPECTED if path.is_dir() else path, allow_pickle=False) as archive:
+        return Case({key: archive[key] for key in archive.files}, path)
 
 
 def methods() -> dict[str, Any]:
@@ -86,7 +90,7 @@ def find_unit(path: Path, case: Case) -> Unit | None:
     known = methods()
     for folder in path.resolve().parent.parts[::-1]:
         for name in sorted(known, key=len, reverse=True):
-            if folder.startswith(name):
+            if folder.replace("-", "_").startswith(name):
                 return _longest_prefix(path.stem, known[name].UNITS)
     found = [_longest_prefix(path.stem, module.UNITS) for module in known.values() if module.claims(case)]
     return next((unit for unit in found if unit is not None), None)
