@@ -58,16 +58,20 @@ def pos_embed_for(vit: VisionTransformer, grid: tuple[int, int], offset: float |
     return resize_pos_embed(table, native, grid, 0 if vit.no_embed_class else vit.num_prefix_tokens, offset)
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) of any size that the patch size divides -> input tokens of the first block (B, P+N, D)."""
+def embed_patches(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Images (B, 3, H, W) of any size that the patch size divides -> patch tokens (B, N, D) and their grid."""
     patch_h, patch_w = vit.patch_embed.patch_size
     height, width = images.shape[-2:]
     if height % patch_h or width % patch_w:
         raise ValueError(f"images of {height}x{width} cannot be cut into patches of {patch_h}x{patch_w}")
-    grid = (height // patch_h, width // patch_w)
-    x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    tokens: Tensor = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    return tokens, (height // patch_h, width // patch_w)
+
+
+def place(vit: VisionTransformer, x: Tensor, grid: tuple[int, int], offset: float | None = RELEASED_OFFSET) -> Tensor:
+    """Patch tokens (B, N, D) -> input tokens of the first block (B, P+N, D): prefix and positions added."""
     prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-    table = None if vit.pos_embed is None else pos_embed_for(vit, grid)
+    table = None if vit.pos_embed is None else pos_embed_for(vit, grid, offset)
     if table is not None and vit.no_embed_class:
         x = torch.cat([*prefix, x + table], dim=1)
     else:
@@ -75,6 +79,11 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
         x = x if table is None else x + table
     out: Tensor = vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
     return out
+
+
+def embed(vit: VisionTransformer, images: Tensor, offset: float | None = RELEASED_OFFSET) -> Tensor:
+    """Images (B, 3, H, W) of any size that the patch size divides -> input tokens of the first block (B, P+N, D)."""
+    return place(vit, *embed_patches(vit, images), offset)
 
 
 def as_vit(model: nn.Module) -> VisionTransformer:
@@ -91,10 +100,16 @@ def forward_taps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """
     vit = as_vit(model)
     taps = [embed(vit, images)]
-    recompute = vit.grad_checkpointing and torch.is_grad_enabled()
     for block in vit.blocks:
-        taps.append(checkpoint(block, taps[-1], use_reentrant=False) if recompute else block(taps[-1]))
+        taps.append(run_block(vit, block, taps[-1]))
     return taps
+
+
+def run_block(vit: VisionTransformer, block: nn.Module, x: Tensor) -> Tensor:
+    """One block; its inner activations are computed again in the backward pass if the model asks for that."""
+    recompute = vit.grad_checkpointing and torch.is_grad_enabled()
+    out: Tensor = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return out
 
 
 def drop_rates(rate: float, depth: int) -> list[float]:
