@@ -97,7 +97,7 @@ def _stepper(stage: Stage, engine: Any, micros: list[MicroBatch]) -> Callable[[]
         for micro in micros:
             loss, _ = own.loss(own.batch(micro))
             engine.backward(loss)
-        engine.step(1e-4)
+        engine.step(lambda scale: 1e-4 * scale)
         own.method.after_step(0, own.comm)
 
     return step

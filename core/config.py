@@ -162,9 +162,23 @@ class Recipe:
 
     def stage(self, name: str) -> Train:
         """Settings of one stage: `train` with the stage's overlay.  Raises ConfigError for a wrong key or value."""
-        overlay = Overlay(self.stages.get(name, {}), self.name, prefix=f"stages.{name}")
+        overlay = Overlay(_without(self.stages.get(name, {}), *PARTS), self.name, prefix=f"stages.{name}")
         return cast(Train, to_object(merge(OmegaConf.structured(self.train), Train, overlay)))
 
+    def at(self, name: str) -> Recipe:
+        """The recipe as one stage sees it: with its own student, data or method (options of another start anew)."""
+        parts = {}
+        for part, values in self.stages.get(name, {}).items():
+            if part in PARTS:
+                kind = PARTS[part]
+                afresh = part == "method" and values.get("name", self.method.name) != self.method.name
+                start = Method() if afresh else getattr(self, part)
+                overlay = Overlay(values, self.name, prefix=f"stages.{name}.{part}")
+                parts[part] = to_object(merge(OmegaConf.structured(start), kind, overlay))
+        return dataclasses.replace(self, **parts)
+
+
+PARTS: dict[str, type] = {"method": Method, "student": Student, "data": Data}  # that a stage may have of its own
 
 CHOICES = {
     "train.precision": ("bf16", "fp32"), "zero.stage": (0, 1, 2, 3), "launch.device": ("auto", "cpu", "cuda"),
@@ -199,7 +213,12 @@ def load(name: str, profile: str = "", dotlist: list[str] | None = None) -> Reci
     for layer in layers:
         config = merge(config, Recipe, layer)
         for stage, values in layer.values.get("stages", {}).items():  # judged here, where the line is known
-            merge(OmegaConf.structured(Train), Train, layer.below(f"stages.{stage}", f"stages.{stage}", values))
+            place = f"stages.{stage}"
+            values = layer.below(place, place, values).values
+            merge(OmegaConf.structured(Train), Train, layer.below(place, place, _without(values, *PARTS)))
+            for part in values.keys() & PARTS.keys():
+                where = f"{place}.{part}"
+                merge(OmegaConf.structured(PARTS[part]), PARTS[part], layer.below(where, where, values[part]))
     recipe = cast(Recipe, to_object(config))
     check(recipe)
     return recipe
@@ -270,7 +289,10 @@ def fingerprint(recipe: Recipe) -> str:
     """Hex digest of all that the result depends on: not world size, ZeRO stage, launcher, store, logging."""
     identity = _without(to_dict(recipe), *NOT_IDENTITY, "train", "stages")
     # As a list, because the order of stages matters; resolved, because where a setting is written does not.
-    identity["stages"] = [[name, dataclasses.asdict(recipe.stage(name))] for name in recipe.stage_names()]
+    identity["stages"] = [
+        [name, *(dataclasses.asdict(x) for x in (recipe.stage(name), *(getattr(recipe.at(name), p) for p in PARTS)))]
+        for name in recipe.stage_names()
+    ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

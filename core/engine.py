@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config import ConfigError, Train
-from core.methods.base import external_parameters
+from core.methods.base import Batch, external_parameters
 from core.optim import clip_per_parameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+Rate = Callable[[float], float]  # lr_scale of a group -> its learning rate
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -109,10 +110,10 @@ class Engine:
     def train(self, on: bool) -> None:
         self.ds.train(on)
 
-    def forward(self, views: dict[str, Tensor]) -> Any:
+    def forward(self, batch: Batch) -> Any:
         """Outputs of the module for one micro-batch, images cast to the compute precision."""
         dtype = torch.bfloat16 if self.ds.bfloat16_enabled() else torch.float32
-        return self.ds({name: images.to(dtype) for name, images in views.items()})
+        return self.ds(replace(batch, views={name: images.to(dtype) for name, images in batch.views.items()}))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's loss; gradients are averaged over all micro-batches."""
@@ -121,16 +122,17 @@ class Engine:
         self.ds.backward(loss)
         self._micro += 1
 
-    def step(self, lr: float, weight_decay: float | None = None) -> None:
-        """One optimiser step after exactly `accumulation` backward calls.  lr: before each group's own lr_scale."""
+    def step(self, lr: Rate, weight_decay: float | None = None) -> None:
+        """One optimiser step after exactly `accumulation` backward calls.  lr: of a group from its lr_scale."""
         assert self._micro == self.accumulation, f"{self._micro} micro-batches instead of {self.accumulation}"
         self._reached.check()
         for group, scale, decays in zip(self.ds.optimizer.param_groups, self.scales, self.decays, strict=True):
-            group["lr"] = lr * scale
+            group["lr"] = lr(scale)
             if weight_decay is not None and decays:
                 group["weight_decay"] = weight_decay
         self.ds.step()
         self._micro = 0
+        self.adam.taken += 1
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of the fp32 weights and moments; views are live, so they can be read and written."""
@@ -139,17 +141,14 @@ class Engine:
 
     @property
     def adam_step(self) -> int:
-        """Optimiser steps taken (Adam's bias correction)."""
-        steps = [int(s["step"]) for s in self.adam.state.values() if "step" in s]
-        return steps[0] if steps else 0
+        """Optimiser steps taken in this stage."""
+        return self.adam.taken
 
     def prepare_load(self, adam_step: int) -> None:
         """Make room for the moments, so that `fragments` can be written before the first step."""
-        for flat in self._fragments.flats():
-            state = self.adam.state[flat]
-            state["step"] = torch.tensor(float(adam_step), device=flat.device if self.adam.fused else "cpu")
-            for kind in MOMENTS:
-                state[kind] = torch.zeros_like(flat.data)
+        self.adam.taken = adam_step
+        for flat, group in self._fragments.flats():
+            self.adam.start(flat, max(adam_step - self.adam.param_groups[group]["frozen_steps"], 0))
 
     def finish_load(self) -> None:
         """Bring the compute copies of the weights in line with the master weights just written."""
@@ -224,19 +223,35 @@ class _Reached:
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that bounds each parameter's own gradient norm first, also when ZeRO has cut parameters into fragments."""
+    """AdamW that bounds each parameter's own gradient norm first, also when ZeRO has cut parameters into fragments.
+
+    A group is left alone for its first `frozen_steps`: no decay, no moments, and bias correction counts from there.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], settings: Train, clip: float, fused: bool) -> None:
+        groups = [{"frozen_steps": 0, **group} for group in groups]
         super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
-        self.clip, self.fused = clip, fused
+        self.clip, self.fused, self.taken = clip, fused, 0
         self._owned: dict[int, list[tuple[int, int, int]]] = {}  # id(flat) -> (offset, numel, parameter number)
         self._count, self._sharded = 0, False
 
     def locate(self, fragments: Any, sharded: bool) -> None:
         self._owned, self._count, self._sharded = fragments.layout(), fragments.count, sharded
 
+    def start(self, flat: Tensor, step: int) -> None:
+        """Moments of zero, for a parameter that has been stepped so many times."""
+        state = self.state[flat]
+        state["step"] = torch.tensor(float(step), device=flat.device if self.fused else "cpu")
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(flat.data)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for flat in group["params"] if self.taken < group["frozen_steps"] else ():
+                flat.grad = None
+                if not self.state[flat]:  # so that it can be saved like any other
+                    self.start(flat, 0)
         if self.clip > 0:
             flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             self._clip_fragments(flats) if self._sharded else clip_per_parameter([p.grad for p in flats], self.clip)
@@ -267,8 +282,8 @@ class _Whole:
         self.named = [(n, p) for n, p in engine.ds.module.named_parameters() if p.requires_grad]
         self.count = len(self.named)
 
-    def flats(self) -> list[Tensor]:
-        return [p for _, p in self.named]
+    def flats(self) -> list[tuple[Tensor, int]]:
+        return [(p, i) for i, group in enumerate(self.engine.adam.param_groups) for p in group["params"]]
 
     def layout(self) -> dict[int, list[tuple[int, int, int]]]:
         return {}
@@ -302,12 +317,13 @@ class _Partitioned:
                     inside, own = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
                     yield self.engine._names[id(parameter)], inside.start, inside.numel, flat, own.start
 
-    def flats(self) -> list[Tensor]:
-        return list(self.zero.single_partition_of_fp32_groups)
+    def flats(self) -> list[tuple[Tensor, int]]:
+        """Flat vectors with the numbers of their parameter groups."""
+        return [(flat, group) for group, flat in enumerate(self.zero.single_partition_of_fp32_groups)]
 
     def layout(self) -> dict[int, list[tuple[int, int, int]]]:
         number = {name: i for i, name in enumerate(self.engine.shapes)}
-        out: dict[int, list[tuple[int, int, int]]] = {id(flat): [] for flat in self.flats()}
+        out: dict[int, list[tuple[int, int, int]]] = {id(flat): [] for flat, _ in self.flats()}
         for name, _, numel, flat, offset in self.pieces:
             out[id(flat)].append((offset, numel, number[name]))
         return out
@@ -344,8 +360,8 @@ class _Sharded(_Partitioned):
             if numel > 0:
                 yield name, start, numel, flats[group], offset
 
-    def flats(self) -> list[Tensor]:
-        return list(self.zero.fp32_partitioned_groups_flat)
+    def flats(self) -> list[tuple[Tensor, int]]:
+        return list(zip(self.zero.fp32_partitioned_groups_flat, self.zero.sub_group_to_group_id.values(), strict=True))
 
     def refresh(self) -> None:
         for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):

@@ -34,10 +34,11 @@ def load_student(run: Store) -> tuple[nn.Module, dict[str, Any], int]:
     manifest = checkpoint.newest(run, fingerprint(recipe))
     if manifest is None:
         raise ConfigError(f"{run.uri} has no complete checkpoint yet: wait for the first one (checkpoint.every_steps)")
-    settings = recipe.stage(manifest.position.stage)
+    stage = manifest.position.stage
+    settings, recipe, reader = recipe.stage(stage), recipe.at(stage), checkpoint.Reader(run, manifest)
     arguments = build_arguments(recipe.student.name, recipe.student.args, settings.img_size)
     model = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
-    load_strict(model, create(recipe, settings, 1).export(checkpoint.Reader(run, manifest).model()))
+    load_strict(model, create(recipe, settings, 1).export(reader.model(), reader.whole("method")))
     return model.eval(), {"model_name": recipe.student.name, "num_classes": 0, **arguments}, settings.img_size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import Recipe
-from core.methods.base import Info, create
+from core.methods.base import Info, at_stage, create
 from core.models.students import create as create_model
 from core.models.students import describe
 from core.models.teachers import describe_teachers
@@ -61,7 +62,7 @@ def network_flops(model: nn.Module, info: Info, img_size: int) -> float:
 
 def stage_cost(recipe: Recipe, stage: str) -> StageCost:
     """Cost of one stage from meta tensors: nothing is allocated, no weights are needed.  Raises ConfigError."""
-    settings = recipe.stage(stage)
+    settings, recipe = recipe.stage(stage), at_stage(recipe, stage)
     method = create(recipe, settings, 1)
     with torch.device("meta"):
         student = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
@@ -69,8 +70,8 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
         infos = describe_teachers(recipe, info)
         method.check(info, infos)
         own = _params(student)
-        cost = network_flops(student, info, settings.img_size)
-        teachers, teacher_params = {}, {}
+        trained, untrained = method.student_flops(partial(_at_size, student, recipe.student.name))
+        teachers, teacher_params = {"student without gradient": untrained} if untrained else {}, {}
         for key, teacher in recipe.teachers.items():
             model = create_model(teacher.name, teacher.args, None, f"teachers.{key}")
             teachers[key] = network_flops(model, infos[key], infos[key].grid[0] * infos[key].patch)
@@ -78,8 +79,12 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
         everything = _params(method.build(student, info, infos))
     units = (info.grid[0] * info.grid[1] + info.prefix) * info.dim * info.depth
     return StageCost(
-        cost, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units)
+        trained, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units)
     )
+
+
+def _at_size(model: nn.Module, name: str, img_size: int) -> float:
+    return network_flops(model, describe(model, name, img_size, "student"), img_size)
 
 
 def _params(module: nn.Module) -> int:

@@ -10,20 +10,24 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core import coupled
 from core.cache import ShardCache
 from core.checkpoint import Reader, restore
 from core.comm import Comm
 from core.config import ConfigError, Loader, Recipe, Train
 from core.data.loader import MicroBatch, eval_batches, steps_per_epoch, train_batches
+from core.data.rand_augment import erase
 from core.data.source import Source, open_source
 from core.data.views import apply_colour, draw_colour, normalize
 from core.engine import Engine, check_precision
 from core.manifest import CheckpointError
-from core.methods.base import Batch, Info, Method, Report, create
+from core.methods.base import Batch, Info, Method, Report, at_stage, create
 from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
 from core.models.vit import resize_pos_embed
@@ -53,28 +57,45 @@ class Stage:
             self.source, self.method.views(), seed=self.recipe.seed, batch=s.batch, micro_batch=s.micro_batch,
             block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
             world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
-            pin=self.comm.device.type == "cuda",
+            pin=self.comm.device.type == "cuda", crops=self.method.crops(),
         )  # fmt: skip
 
     def batch(self, micro: MicroBatch) -> Batch:
-        """To the device, with the colour part of each view applied there."""
-        images = {}
+        """To the device, with the colour part of each view and the method's own draws applied there."""
+        images, device, seed, epoch = {}, self.engine.device, self.recipe.seed, micro.epoch
         for number, view in enumerate(self.method.views()):
-            colour = draw_colour(view, self.recipe.seed, micro.epoch, micro.index.numpy(), number)
-            raw = micro.views[view.name].to(self.engine.device, non_blocking=True)
-            images[view.name] = apply_colour(raw, colour)
-        return Batch(images, micro.index, self.recipe.seed, micro.epoch, micro.micro)
+            colour = draw_colour(view, seed, epoch, micro.index.numpy(), number)
+            x = apply_colour(micro.views[view.name].to(device, non_blocking=True), colour)
+            images[view.name] = erase(x, view.erase, seed, epoch, micro.index.numpy()) if view.erase else x
+        labels = micro.labels.to(device, non_blocking=True)
+        extra = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.extra.items()}
+        batch = Batch(images, micro.index, seed, epoch, micro.micro, labels=labels, extra=extra)
+        return self.method.prepare(batch)
 
     def seed_network(self, step: int, micro: MicroBatch) -> None:
         """Key what the student draws itself (stochastic depth) by canonical micro-batch, whatever the world size."""
         torch.manual_seed(zlib.crc32(f"{self.recipe.seed}/{self.first_step + step}/{micro.micro}".encode()))
 
+    def targets(self, batch: Batch) -> Any:
+        """What the method makes of its teachers' outputs."""
+        features = {name: teacher(batch.views[self.method.teacher_view]) for name, teacher in self.teachers.items()}
+        return self.method.targets(features, batch)
+
     def loss(self, batch: Batch) -> tuple[Tensor, Report]:
         """Teachers, student and loss of one micro-batch."""
-        seen = batch.views[self.method.teacher_view]
-        features = {name: teacher(seen) for name, teacher in self.teachers.items()}
-        targets = self.method.targets(features, batch)
-        return self.method.losses(self.engine.forward(batch.views), targets, batch)
+        targets = self.targets(batch)
+        return self.method.losses(self.engine.forward(batch), targets, batch)
+
+    def backward(self, step: int, micros: list[MicroBatch]) -> Iterator[tuple[Tensor, Report]]:
+        """Gradients of one step: the loss and report of each micro-batch, or of all where the loss couples them."""
+        if self.method.couples_batch:
+            yield coupled.backward(self, step, micros)
+            return
+        for micro in micros:
+            self.seed_network(step, micro)
+            loss, report = self.loss(self.batch(micro))
+            self.engine.backward(loss)
+            yield loss, report
 
     @torch.no_grad()
     def heldout(self) -> float | None:
@@ -90,8 +111,10 @@ class Stage:
         for _ in range(-(-share // size)):  # as often on every rank: ZeRO-3 forwards are collective
             images, labels, index = next(batches, nothing)
             x, count = normalize(images.to(device)), 0 if labels is None else len(index)
-            views = {view.name: x for view in self.method.views()}
-            loss, _ = self.loss(Batch(views, index, self.recipe.seed, 0, 0, training=False))
+            views = {view.name: resized(x, view.size) for view in self.method.views()}
+            labels = torch.full_like(index, -1) if labels is None else labels
+            batch = Batch(views, index, self.recipe.seed, 0, 0, training=False, labels=labels.to(device))
+            loss, _ = self.loss(self.method.prepare(batch))
             total += torch.stack([loss.float() * count, loss.new_tensor(count, dtype=torch.float32)])
         self.engine.train(True)
         losses, images_seen = self.comm.sum(total).tolist()
@@ -105,7 +128,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     the last one of the stage before (weights and method state are taken over, the optimiser starts afresh).
     Raises ConfigError, DataError, WeightsError, StoreError, CheckpointError.
     """
-    settings = recipe.stage(name)
+    settings, whole, recipe = recipe.stage(name), recipe, at_stage(recipe, name)
     check_precision(settings, recipe.zero.stage)
     cache = shard_cache(recipe.loader)
     source = open_source(resolve(recipe.data.source, root), cache)
@@ -113,8 +136,8 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     settings, steps = schedule(settings, len(source))
     check_world(settings, comm.world)
     info = describe_student(recipe.student, settings.img_size)
-    infos = describe_teachers(recipe, info)
     method = create(recipe, settings, steps)
+    infos = describe_teachers(recipe, info)
     method.check(info, infos)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
@@ -131,14 +154,16 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     module = fresh()
     here = reader is not None and reader.manifest.position.stage == name
     if reader is not None:
-        _take_over(module, reader, here, info)
+        _take_over(module, reader, method, here, info)
     engine = Engine(module, method.param_groups(module), settings, zero_stage=recipe.zero.stage, world=comm.world,
                     per_parameter_clip=method.per_parameter_clip, device=comm.device)  # fmt: skip
     method.to(comm.device)
-    if reader is not None:
-        method.load_state(restore(reader.run, reader.manifest, engine) if here else reader.whole("method"))
+    state = restore(reader.run, reader.manifest, engine) if reader is not None and here else None
+    method.attach(engine, fresh)
+    if reader is not None and (here or _same_method(whole, reader, name)):
+        method.load_state(state if state is not None else reader.whole("method"))
     start = reader.manifest.position.stage_step if reader is not None and here else 0
-    run_steps = sum(schedule(recipe.stage(each), len(source))[1] for each in recipe.stage_names())
+    run_steps = sum(schedule(whole.stage(each), len(source))[1] for each in whole.stage_names())
     stage = Stage(
         name, recipe, settings, steps, step - start, run_steps, source, held, method, teachers, engine, comm, fresh
     )
@@ -168,12 +193,17 @@ def check_world(settings: Train, world: int) -> None:
         )
 
 
-def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> None:
+def _same_method(recipe: Recipe, reader: Reader, name: str) -> bool:
+    """Whether the stage that the checkpoint is of had the method of stage `name`, and so a state that it knows."""
+    return recipe.at(reader.manifest.position.stage).method.name == recipe.at(name).method.name
+
+
+def _take_over(module: nn.Module, reader: Reader, method: Method, here: bool, info: Info) -> None:
     """Load buffers, and from another stage also weights, whose position table may be of another image size.
 
     Raises CheckpointError when names or shapes are not those of the module.
     """
-    own, given = module.state_dict(), reader.whole("buffer") if here else reader.model()
+    own, given = module.state_dict(), reader.whole("buffer") if here else method.take_over(reader.model())
     for name, value in given.items():
         if name.endswith("pos_embed") and name in own and own[name].shape != value.shape:
             prefix = own[name].shape[1] - info.grid[0] * info.grid[1]
@@ -184,6 +214,11 @@ def _take_over(module: nn.Module, reader: Reader, here: bool, info: Info) -> Non
     if wrong:
         raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(sorted(wrong))}")
     module.load_state_dict(given, strict=not here)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images (B, 3, S, S) at the size of a view that is smaller than the stage's."""
+    return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="bicubic", antialias=True)
 
 
 def shard_cache(loader: Loader) -> ShardCache:

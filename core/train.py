@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from core.attempt import Attempt
@@ -69,13 +70,10 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
         pace.wait()
         micros = next(batches)
         pace.go()
-        for micro in micros:
-            stage.seed_network(step, micro)
-            loss, report = stage.loss(stage.batch(micro))
-            engine.backward(loss)
+        for loss, report in stage.backward(step, micros):
             meter.add({"loss": loss, **report})
         values = method.schedules(step)
-        engine.step(values["lr"], values.get("weight_decay"))
+        engine.step(partial(method.lr, step), values.get("weight_decay"))
         meter.add(method.after_step(step, comm))
         quarantine.add(micros)
 

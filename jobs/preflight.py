@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 def check_networks(recipe: Recipe) -> None:
     """Build student and teachers of every stage without weights or memory.  Raises ConfigError."""
     from core.engine import check_precision
-    from core.methods.base import create
+    from core.methods.base import at_stage, create
     from core.models.students import describe_student
     from core.models.teachers import describe_teachers
 
     for name in recipe.stage_names():
-        settings = recipe.stage(name)
+        settings, own = recipe.stage(name), at_stage(recipe, name)
         check_precision(settings, recipe.zero.stage)
-        info = describe_student(recipe.student, settings.img_size)
-        create(recipe, settings, 1).check(info, describe_teachers(recipe, info))
+        info = describe_student(own.student, settings.img_size)
+        create(own, settings, 1).check(info, describe_teachers(own, info))
 
 
 def check_data(recipe: Recipe, root: str) -> None:

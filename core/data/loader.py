@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.data.decode import CorruptImage, to_tensor
 from core.data.order import Order
+from core.data.rand_augment import rand_augment
 from core.data.source import DataError, Raw, Source
-from core.data.views import View, centre_crop, crop_boxes, random_resized_crop
+from core.data.views import Crops, RandomCrops, View, centre_crop, random_resized_crop, shorten
 
 # More unreadable samples in a row than this is a broken data set, not a few broken files.
 MAX_BAD_IN_A_ROW = 1000
@@ -31,6 +32,7 @@ class MicroBatch:
     step: optimiser step of the stage.  micro: its number in the global batch, which is also its stream.
     index: int64 (B,), samples in the source, after replacement of unreadable ones; draws are keyed by them.
     views: by View.name, uint8 (B, 3, size, size).  bad: keys of the samples that could not be decoded on the way.
+    labels: int64 (B,), -1 where there is none.  extra: what the method's crops and the companions add.
     """
 
     step: int
@@ -39,12 +41,24 @@ class MicroBatch:
     index: torch.Tensor
     views: dict[str, torch.Tensor]
     bad: list[str] = field(default_factory=list)
+    labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> MicroBatch:
         """Called by the DataLoader with pin=True."""
         self.views = {name: view.pin_memory() for name, view in self.views.items()}
-        self.index = self.index.pin_memory()
+        self.extra = {name: tensor.pin_memory() for name, tensor in self.extra.items()}
+        self.index, self.labels = self.index.pin_memory(), self.labels.pin_memory()
         return self
+
+
+class Companion(Protocol):
+    """What comes with a micro-batch beside its images, read in the loader's workers: a picklable pure function.
+
+    position: of the micro-batch among those of its stream in the epoch.  index: (B,) samples in the source.
+    """
+
+    def __call__(self, epoch: int, micro: int, position: int, index: Ints) -> dict[str, torch.Tensor]: ...
 
 
 def steps_per_epoch(source_len: int, batch: int, micro_batch: int) -> int:
@@ -68,12 +82,15 @@ def train_batches(
     prefetch: int,
     pin: bool = False,
     context: str | None = None,
+    crops: Crops | None = None,
+    companions: Sequence[Companion] = (),
 ) -> Iterator[list[MicroBatch]]:
     """Micro-batches of this rank, one list for each step in [start_step, stop_step).
 
     A global batch is M = batch / micro_batch micro-batches; number m reads stream m of the sample order, and rank r of
     W gets numbers r M / W to (r + 1) M / W.  workers: processes (0: in this one); prefetch: micro-batches that each
     prepares ahead; pin: page-locked memory, for copies to a GPU; context: how workers start (None: the platform's way).
+    crops: where views are cut out (None: each at random); companions: what else comes with each micro-batch.
     Raises DataError at once for impossible sizes.
     """
     micros = batch // micro_batch
@@ -85,11 +102,13 @@ def train_batches(
     epoch_steps = steps_per_epoch(len(source), batch, micro_batch)
     if not epoch_steps:
         raise DataError(f"{len(source)} samples do not fill one batch of {batch}; lower train.batch or add images")
+    if len({view.resize for view in views}) > 1:
+        raise DataError("views must agree in `resize`: an image is resized once, before all crops")
     if len({view.name for view in views}) != len(views):
         raise DataError(f"views need different names: {', '.join(view.name for view in views)}")
     share = range(rank * micros // world, (rank + 1) * micros // world)
     order = Order(source.shard_sizes, seed, micros, block)
-    dataset = _TrainSet(source, views, order, seed, micro_batch, epoch_steps)
+    dataset = _TrainSet(source, views, crops or RandomCrops(views), companions, order, seed, micro_batch, epoch_steps)
     loader = _loader(dataset, _Tasks(range(start_step, stop_step), share), workers, prefetch, pin, context)
     return _by_step(loader, len(share))
 
@@ -136,9 +155,11 @@ class _TrainSet(Dataset[MicroBatch]):
     """(step, micro) -> MicroBatch, a pure function."""
 
     def __init__(
-        self, source: Source, views: Sequence[View], order: Order, seed: int, micro_batch: int, epoch_steps: int
-    ) -> None:
-        self.source, self.views, self.order = source, list(views), order
+        self, source: Source, views: Sequence[View], crops: Crops, companions: Sequence[Companion], order: Order,
+        seed: int, micro_batch: int, epoch_steps: int,
+    ) -> None:  # fmt: skip
+        self.source, self.views, self.crops, self.companions = source, list(views), crops, companions
+        self.order = order
         self.seed, self.micro_batch, self.epoch_steps = seed, micro_batch, epoch_steps
 
     def __getitem__(self, task: tuple[int, int]) -> MicroBatch:
@@ -147,33 +168,43 @@ class _TrainSet(Dataset[MicroBatch]):
         positions = np.arange(place * self.micro_batch, (place + 1) * self.micro_batch)
         index = self.order.index(epoch, micro, positions)
         views = {v.name: torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views}
+        labels, extra = torch.full((len(index),), -1), dict[str, torch.Tensor]()
         bad: list[str] = []
         for first in range(0, len(index), DECODED_AT_ONCE):
             rows = slice(first, first + DECODED_AT_ONCE)
             found = [self._readable(wanted, bad) for wanted in index[rows].tolist()]
-            index[rows] = [i for i, _ in found]
-            images = [image for _, image in found]
-            for number, view in enumerate(self.views):
-                self._crop(views[view.name][rows], images, view, number, epoch, index[rows])
-        return MicroBatch(step, micro, epoch, torch.from_numpy(index), views, bad)
+            index[rows] = [i for i, _, _ in found]
+            labels[rows] = torch.tensor([-1 if label is None else label for _, _, label in found])
+            cut = self._crop({name: view[rows] for name, view in views.items()}, [x for _, x, _ in found], epoch,
+                             index[rows])  # fmt: skip
+            for name, tensor in cut.items():
+                extra.setdefault(name, tensor.new_empty(len(index), *tensor.shape[1:]))[rows] = tensor
+        for companion in self.companions:
+            extra |= companion(epoch, micro, place, index)
+        return MicroBatch(step, micro, epoch, torch.from_numpy(index), views, bad, labels, extra)
 
     def _crop(
-        self, out: torch.Tensor, images: list[torch.Tensor], view: View, number: int, epoch: int, samples: Ints
-    ) -> None:
-        """Fill `out` (b, 3, size, size) with one view of each image."""
-        sizes = np.array([image.shape[1:] for image in images])
-        boxes, flips = crop_boxes(view, self.seed, epoch, samples, number, sizes)
-        for row, image in enumerate(images):
-            out[row] = random_resized_crop(image, boxes[row], bool(flips[row]), view.size)
+        self, out: dict[str, torch.Tensor], images: list[torch.Tensor], epoch: int, samples: Ints
+    ) -> dict[str, torch.Tensor]:
+        """Fill `out`, each (b, 3, size, size), with the views of every image; returns what else the crops tell."""
+        images = [shorten(image, self.views[0].resize) for image in images]
+        cropped = self.crops(self.seed, epoch, samples, np.array([image.shape[1:] for image in images]))
+        for number, view in enumerate(self.views):
+            boxes, flips = cropped.boxes[view.name], cropped.flips[view.name]
+            for row, image in enumerate(images):
+                crop = random_resized_crop(image, boxes[row], bool(flips[row]), view.size, view.interpolation)
+                key = (self.seed, epoch, int(samples[row]), number)
+                out[view.name][row] = rand_augment(crop, view.rand_augment, key) if view.rand_augment else crop
+        return {name: torch.from_numpy(array) for name, array in cropped.extra.items()}
 
-    def _readable(self, wanted: int, bad: list[str]) -> tuple[int, torch.Tensor]:
+    def _readable(self, wanted: int, bad: list[str]) -> tuple[int, torch.Tensor, int | None]:
         """The wanted sample or the next one that can be decoded; keys of those that cannot are added to `bad`."""
         for ahead in range(min(len(self.source), MAX_BAD_IN_A_ROW)):
             i = (wanted + ahead) % len(self.source)
             raw = self.source.read(i)
             image = _decoded(raw)
             if image is not None:
-                return i, image
+                return i, image, raw.label
             bad.append(raw.key)
         raise DataError(
             f"none of {len(bad)} samples in a row, from {bad[0]} to {bad[-1]}, can be decoded; check the data source"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ class View:
 
     size: pixels.  scale: share of the area.  ratio: width / height.  flip, jitter, gray, blur, solarise: probabilities.
     brightness, contrast, saturation: factors in [1 - x, 1 + x].  hue: shift in turns, [-x, x].  blur_sigma: pixels.
+    resize: pixels of the short side before the crop, 0 = as it is.  interpolation: bicubic or bilinear.
+    rand_augment: a policy in timm's notation, applied to the crop.  erase: probability of noise in a box of the image.
     """
 
     size: int
@@ -45,6 +49,37 @@ class View:
     blur_kernel: int = 9
     blur_sigma: tuple[float, float] = (0.1, 5.0)
     solarise: float = 0.2
+    resize: int = 0
+    interpolation: str = "bicubic"
+    rand_augment: str = ""
+    erase: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """Where the views of B samples are cut out."""
+
+    boxes: dict[str, Ints]  # View.name -> (B, 4) top, left, height, width inside the image
+    flips: dict[str, NDArray[np.bool_]]  # View.name -> (B,)
+    extra: dict[str, NDArray[Any]]  # whatever else of the geometry the method needs, (B, ...)
+
+
+class Crops(Protocol):
+    """A method's cropping: a picklable pure function of its arguments. sizes: (B, 2) height and width."""
+
+    def __call__(self, seed: int, epoch: int, samples: Ints, sizes: Ints) -> Cropped: ...
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Every view on its own, by `crop_boxes`."""
+
+    views: Sequence[View]
+
+    def __call__(self, seed: int, epoch: int, samples: Ints, sizes: Ints) -> Cropped:
+        found = {view.name: crop_boxes(view, seed, epoch, samples, i, sizes) for i, view in enumerate(self.views)}
+        return Cropped({name: boxes for name, (boxes, _) in found.items()},
+                       {name: flips for name, (_, flips) in found.items()}, {})  # fmt: skip
 
 
 def crop_boxes(
@@ -83,13 +118,23 @@ def _between(unit: NDArray[np.float64], low: float, high: float) -> NDArray[np.f
     return low + (high - low) * unit
 
 
-def random_resized_crop(image: torch.Tensor, box: Ints, flip: bool, size: int) -> torch.Tensor:
-    """uint8 (3, H, W) -> uint8 (3, size, size): crop, resize (bicubic, antialiased), mirror.  box: from crop_boxes."""
+def random_resized_crop(
+    image: torch.Tensor, box: Ints, flip: bool, size: int, interpolation: str = "bicubic"
+) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, size, size): crop, resize (antialiased), mirror.  box: from crop_boxes."""
     top, left, height, width = (int(edge) for edge in box)
     crop: torch.Tensor = functional.resized_crop(
-        image, top, left, height, width, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
+        image, top, left, height, width, [size, size], InterpolationMode(interpolation), antialias=True
     )
     return crop.flip(-1) if flip else crop
+
+
+def shorten(image: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 (3, H, W) with its short side at `side` pixels (bicubic, antialiased); 0 leaves it as it is."""
+    if not side:
+        return image
+    resized: torch.Tensor = functional.resize(image, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized
 
 
 def draw_colour(view: View, seed: int, epoch: int, samples: Ints, view_index: int) -> Colour:
@@ -113,8 +158,7 @@ def draw_colour(view: View, seed: int, epoch: int, samples: Ints, view_index: in
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (3, H, W) -> uint8 (3, size, size): short side to `size` (bicubic, antialiased), no margin, centre crop."""
-    resized = functional.resize(image, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    crop: torch.Tensor = functional.center_crop(resized, [size, size])
+    crop: torch.Tensor = functional.center_crop(shorten(image, size), [size, size])
     return crop
 
 

@@ -91,6 +91,7 @@ def _features(
 ) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
     """(train, test) features of every model, and the number of classes."""
     student, _, size = load_student(run)
+    recipe = recipe.at(recipe.stage_names()[-1])
     info = describe_student(recipe.student, size)
     models: dict[str, Extractor] = {"student": _student(student.to(device))}
     models |= _teachers(recipe, info, root, device)

@@ -12,10 +12,10 @@ import importlib.util
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -23,8 +23,12 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import ConfigError, Recipe, Train, nearest
-from core.data.views import View
+from core.config import Method as MethodConfig
+from core.data.views import Crops, RandomCrops, View
 from core.merge import Overlay, merge, to_object
+
+if TYPE_CHECKING:
+    from core.engine import Engine
 
 Report = dict[str, Tensor]
 
@@ -54,14 +58,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Batch:
-    """One canonical micro-batch on the device."""
+    """One canonical micro-batch on the device: what the trainable module's forward gets."""
 
-    views: dict[str, Tensor]  # name -> (B, 3, S, S) float32, ImageNet-normalised
-    index: Tensor  # (B,) int64 sample ids, on the CPU
-    seed: int
-    epoch: int
-    micro: int  # position of this micro-batch in the global batch
+    views: dict[str, Tensor]  # name -> (B, 3, S, S) float32, ImageNet-normalised; the module gets the compute precision
+    index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (B,) sample ids, on the CPU
+    seed: int = 0
+    epoch: int = 0
+    micro: int = 0  # position of this micro-batch in the global batch
     training: bool = True
+    labels: Tensor | None = None  # (B,) int64, -1 where a sample has none
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what crops, companions and `prepare` add, as it is
 
 
 class Method(ABC):
@@ -69,7 +75,9 @@ class Method(ABC):
 
     Options: ClassVar[type]
     per_parameter_clip: ClassVar[bool] = False  # else `train.clip` bounds the global gradient norm
-    needs_teachers: ClassVar[bool] = True
+    needs_teachers: ClassVar[bool] = True  # else a stage of this method loads none
+    needs_labels: ClassVar[bool] = False
+    couples_batch: ClassVar[bool] = False  # the loss is one of the whole global batch: see core.coupled
     teacher_view: ClassVar[str] = "image"  # the view that teachers see
 
     def __init__(self, options: Any, settings: Train, steps: int) -> None:
@@ -85,7 +93,7 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
-        """The one trainable module: student and heads, `forward(views) -> outputs`. Parameters that cannot get a
+        """The one trainable module: student and heads, `forward(batch) -> outputs`. Parameters that cannot get a
         gradient must have requires_grad False. A module that reads parameters of submodules without calling them
         lists these in `external_parameters()` (ZeRO-3 must know)."""
 
@@ -99,19 +107,44 @@ class Method(ABC):
 
     @abstractmethod
     def param_groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Groups with keys params, names, weight_decay (and lr_scale, if the learning rate differs)."""
+        """Groups with keys params, names, weight_decay; lr_scale, if the learning rate differs; frozen_steps, if the
+        optimiser is to leave the group alone in the first steps of the stage."""
 
     @abstractmethod
     def schedules(self, step: int) -> dict[str, float]:
         """Values at a step of this stage; `lr` is required, `weight_decay` optional, others are the method's own."""
 
     @abstractmethod
-    def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Student in timm's keys from the trainable module's weights."""
+    def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Student in timm's keys from the trainable module's weights, or from the method's `state`."""
 
     @abstractmethod
     def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:
         """FLOPs per image of the forward pass of everything in `build` beside the student (multiply-add = 2)."""
+
+    def student_flops(self, forward: Callable[[int], float]) -> tuple[float, float]:
+        """FLOPs per image of the student's passes with and without gradient.  forward: of one, by pixels a side."""
+        return forward(self.settings.img_size), 0.0
+
+    def crops(self) -> Crops:
+        """Where each sample's views are cut out; it is sent to the loader's workers."""
+        return RandomCrops(tuple(self.views()))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What is drawn per micro-batch (masks, mix-up), on the device, before teachers and student see it. Draws are
+        keyed by (seed, epoch, index or micro), so that no world size changes them."""
+        return batch
+
+    def lr(self, step: int, scale: float) -> float:
+        """Learning rate of a group whose lr_scale is `scale`."""
+        return self.schedules(step)["lr"] * scale
+
+    def attach(self, engine: Engine, rebuild: Callable[[], nn.Module]) -> None:  # noqa: B027
+        """Called once the engine stands, for methods that follow its weights; `rebuild` makes another such module."""
+
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights for this stage's module from those of the stage before, which may be of another method."""
+        return weights
 
     def after_step(self, step: int, comm: Comm) -> Report:
         """Runs after the optimiser, on every rank: merge statistics, average weights. Returns scalars to log."""
@@ -158,21 +191,36 @@ def find(name: str) -> type[Method]:
 
 def complete(recipe: Recipe) -> Recipe:
     """The recipe with its method's options checked and filled in.  Raises ConfigError."""
-    method = find(recipe.method.name)
-    overlay = Overlay(recipe.method.options, recipe.name, prefix="method.options")
-    options = dataclasses.asdict(to_object(merge(OmegaConf.structured(method.Options), method.Options, overlay)))
     for teacher in recipe.teachers:
         if not recipe.teachers[teacher].name:
             raise ConfigError(f"teachers.{teacher}.name: not set; give a timm model name")
-    if method.needs_teachers and not recipe.teachers:
-        raise ConfigError(f"teachers: method {recipe.method.name} needs at least one teacher")
-    return dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, options=options))
+    for stage in recipe.stage_names():
+        method = recipe.at(stage).method
+        if find(method.name).needs_teachers and not recipe.teachers:
+            raise ConfigError(f"teachers: method {method.name} needs at least one teacher")
+    stages = {stage: dict(values) for stage, values in recipe.stages.items()}
+    for stage in (stage for stage, values in stages.items() if "method" in values):
+        stages[stage]["method"] = _completed(recipe.at(stage).method, recipe.name, f"stages.{stage}.")
+    return dataclasses.replace(recipe, method=MethodConfig(**_completed(recipe.method, recipe.name)), stages=stages)
+
+
+def _completed(method: MethodConfig, recipe: str, prefix: str = "") -> dict[str, Any]:
+    Options = find(method.name).Options
+    overlay = Overlay(method.options, recipe, prefix=f"{prefix}method.options")
+    options = dataclasses.asdict(to_object(merge(OmegaConf.structured(Options), Options, overlay)))
+    return {"name": method.name, "options": options}
+
+
+def at_stage(recipe: Recipe, name: str) -> Recipe:
+    """`Recipe.at`, without teachers where the stage's method has none."""
+    own = recipe.at(name)
+    return own if find(own.method.name).needs_teachers else dataclasses.replace(own, teachers={})
 
 
 def create(recipe: Recipe, settings: Train, steps: int) -> Method:
-    """The method of a recipe for one stage of `steps` optimiser steps."""
+    """The method of a recipe (`Recipe.at` a stage) for one stage of `steps` optimiser steps."""
     method = find(recipe.method.name)
-    return method(method.Options(**complete(recipe).method.options), settings, steps)
+    return method(method.Options(**_completed(recipe.method, recipe.name)["options"]), settings, steps)
 
 
 def external_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:

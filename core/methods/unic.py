@@ -93,8 +93,8 @@ class UnicModel(nn.Module):
         """Tokens and position table, read without calling the encoder's own forward."""
         return [p for p in self.encoder.parameters(recurse=False) if p.requires_grad]
 
-    def forward(self, views: dict[str, Tensor]) -> Tokens:
-        return cast(Tokens, self.lp(forward_taps(self.encoder, views["image"]), self.prefix))
+    def forward(self, batch: Batch) -> Tokens:
+        return cast(Tokens, self.lp(forward_taps(self.encoder, batch.views["image"]), self.prefix))
 
 
 class Unic(Method):
@@ -182,7 +182,7 @@ class Unic(Method):
             "tnorm_ema_momentum": warmup_cosine(step, base=start, final=end, steps=self.steps),
         }
 
-    def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = "encoder."
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.config import Train
 from core.engine import Engine
+from core.methods.base import Batch
 from tests.ranks import run_ranks
 
 MICROS, SMALL = 64, 1 / 512  # in bf16, 1 + 1/512 is 1
@@ -20,8 +21,8 @@ class Mean(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4, 4))
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        return (self.weight * views["image"].mean()).sum()
+    def forward(self, batch: Batch) -> Tensor:
+        return (self.weight * batch.views["image"].mean()).sum()
 
 
 def _first_moment(stage: int, precision: str) -> list[float]:
@@ -30,8 +31,8 @@ def _first_moment(stage: int, precision: str) -> list[float]:
     engine = Engine(module, [group], Train(batch=MICROS, micro_batch=1, precision=precision), zero_stage=stage, world=1,
                     per_parameter_clip=True, device=torch.device("cpu"))  # fmt: skip
     for micro in range(MICROS):
-        engine.backward(engine.forward({"image": torch.full((1,), 1.0 if micro == 0 else SMALL)}) * MICROS)
-    engine.step(0.0)
+        engine.backward(engine.forward(Batch({"image": torch.full((1,), 1.0 if micro == 0 else SMALL)})) * MICROS)
+    engine.step(lambda scale: scale * 0.0)
     return [float(f.view("exp_avg").mean()) for f in engine.fragments()]
 
 

@@ -17,6 +17,7 @@ from core.comm import Comm
 from core.config import Recipe, Train, fingerprint
 from core.engine import KINDS, Engine
 from core.manifest import CheckpointError, Position
+from core.methods.base import Batch
 from core.storage import FileStore, Store, StoreError, open_store
 from core.train import Outcome, train
 from tests import toy
@@ -224,8 +225,8 @@ class Pair(nn.Module):
         super().__init__()
         self.net = nn.Linear(5, 3)
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        out: Tensor = self.net(views["x"])
+    def forward(self, batch: Batch) -> Tensor:
+        out: Tensor = self.net(batch.views["x"])
         return out
 
 
@@ -235,8 +236,8 @@ def engine() -> Engine:
     groups = [{"params": list(module.parameters()), "names": ["w", "b"], "weight_decay": 0.1}]
     settings = Train(batch=4 * comm.world, micro_batch=4, precision="fp32")
     made = Engine(module, groups, settings, zero_stage=1, world=comm.world, per_parameter_clip=True, device=CPU)
-    made.backward(made.forward({"x": torch.ones(4, 5)}).square().mean())
-    made.step(0.1)
+    made.backward(made.forward(Batch({"x": torch.ones(4, 5)})).square().mean())
+    made.step(lambda scale: 0.1 * scale)
     return made
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from core.comm import Comm
 from core.config import ConfigError, Train
 from core.engine import KINDS, Engine, check_precision, pick_device
+from core.methods.base import Batch
 from core.plain import PlainEngine
 from tests.ranks import run_ranks
 
@@ -35,8 +38,8 @@ class Net(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         return [self.token]
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        hidden = self.norm(torch.tanh(self.first(views["x"] + self.token)))
+    def forward(self, batch: Batch) -> Tensor:
+        hidden = self.norm(torch.tanh(self.first(batch.views["x"] + self.token)))
         out: Tensor = self.frozen(self.second(hidden)) + self.offset
         return out
 
@@ -68,8 +71,8 @@ def train(engine: Engine | PlainEngine, comm: Comm) -> None:
     for step in range(STEPS):
         for micro in range(comm.rank * share, (comm.rank + 1) * share):
             x, y = micro_batch(step, micro)
-            engine.backward(20 * ((engine.forward({"x": x}) - y) ** 2).mean())
-        engine.step(0.1 / (step + 1), decay_at(step))
+            engine.backward(20 * ((engine.forward(Batch({"x": x})) - y) ** 2).mean())
+        engine.step(partial(mul, 0.1 / (step + 1)), decay_at(step))
 
 
 def settings_of(clip: float) -> Train:
@@ -195,11 +198,11 @@ def creep() -> dict[int, tuple[float, float]]:
         engine = Engine(wrapped, [group], settings, zero_stage=stage, world=1, per_parameter_clip=True,
                         device=comm.device)  # fmt: skip
         for _ in range(10):
-            out = engine.forward({"x": torch.ones(16, 1)})
+            out = engine.forward(Batch({"x": torch.ones(16, 1)}))
             engine.backward(-out.float().mean())
-            engine.step(1e-4)
+            engine.step(lambda scale: scale * 1e-4)
         (fragment,) = engine.fragments()
-        found[stage] = float(fragment.view("weight")[0]), float(engine.forward({"x": torch.ones(1, 1)})[0])
+        found[stage] = float(fragment.view("weight")[0]), float(engine.forward(Batch({"x": torch.ones(1, 1)}))[0])
     return found
 
 
@@ -208,8 +211,8 @@ class OneView(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        out: Tensor = self.net(views["x"])
+    def forward(self, batch: Batch) -> Tensor:
+        out: Tensor = self.net(batch.views["x"])
         return out
 
 
@@ -249,9 +252,9 @@ def early() -> str:
     net, comm = Net(), Comm(torch.device("cpu"))
     engine = Engine(net, groups(net), settings_of(0.0), zero_stage=1, world=1, per_parameter_clip=True,
                     device=comm.device)  # fmt: skip
-    engine.backward(engine.forward({"x": micro_batch(0, 0)[0]}).mean())
+    engine.backward(engine.forward(Batch({"x": micro_batch(0, 0)[0]})).mean())
     with pytest.raises(AssertionError) as error:
-        engine.step(0.1)
+        engine.step(lambda scale: scale * 0.1)
     return str(error.value)
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import load
 from core.flops import network_flops, stage_cost
-from core.methods.base import complete, create
+from core.methods.base import Batch, complete, create
 from core.models.students import create as create_model
 from core.models.students import describe
 from core.models.teachers import describe_teachers, take
@@ -35,7 +35,7 @@ def test_student_ladder_and_teachers_agree_with_the_counter_within_a_percent(nam
         infos = describe_teachers(recipe, info)
         module = create(recipe, settings, 1).build(student, info, infos).eval()
         images = torch.empty(1, 3, settings.img_size, settings.img_size)
-        assert cost.student + cost.heads == pytest.approx(_counted(lambda: module({"image": images})), rel=0.01)
+        assert cost.student + cost.heads == pytest.approx(_counted(lambda: module(Batch({"image": images}))), rel=0.01)
         for key, teacher in recipe.teachers.items():
             model = create_model(teacher.name, teacher.args, None, key).eval()
             size = infos[key].grid[0] * infos[key].patch

@@ -5,6 +5,7 @@ In float64 through `core.plain` (the runner), and in float32 through `core.engin
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,10 @@ def _run(case: Case, stage: int | None) -> dict[str, np.ndarray]:
                     for t in names}  # fmt: skip
         batch = Batch({"image": images}, torch.arange(len(images)), 0, 0, comm.rank)
         targets = method.targets(features, batch)
-        loss, report = method.losses(engine.forward(batch.views), targets, batch)
+        loss, report = method.losses(engine.forward(batch), targets, batch)
         engine.backward(loss)
         values = method.schedules(step)
-        engine.step(values["lr"])
+        engine.step(partial(method.lr, step))
         method.after_step(step, comm)
         for key, value in (("loss", loss), ("loss_per_image", report["loss_per_image"]), ("lr", values["lr"]),
                            ("momentum", values["tnorm_ema_momentum"]), ("coeff_sum", report["t_coeff"])):  # fmt: skip

@@ -80,7 +80,7 @@ def test_released_names_heads_on_every_block_and_nothing_off_the_loss_path_train
 def test_every_trainable_parameter_of_any_vit_gets_a_gradient(args: dict[str, Any]) -> None:
     method, module, _ = built(args)
     targets = method.targets(features(0), batch([0, 1, 2, 3]))
-    outputs = module({"image": torch.randn(4, 3, 16, 16)})
+    outputs = module(Batch({"image": torch.randn(4, 3, 16, 16)}))
     assert {t: {k: tuple(v.shape) for k, v in kinds.items()} for t, kinds in outputs.items()} == {
         t: {"cls": (4, i.dim), "patch": (4, 4, i.dim)} for t, i in TEACHERS.items()
     }
@@ -102,7 +102,7 @@ def test_groups_hold_every_trainable_parameter_and_decay_matrices_alone() -> Non
 
 def test_export_is_the_encoder_in_timm_s_names() -> None:
     method, module, _ = built()
-    exported = method.export(module.state_dict())
+    exported = method.export(module.state_dict(), {})
     student, _ = build_student(Student("vit_tiny_patch16_224", TINY), 16, 1, "")
     assert exported.keys() == student.state_dict().keys()
 
@@ -142,7 +142,7 @@ def test_evaluation_leaves_statistics_alone_and_drops_no_teacher() -> None:
     before = {k: v.clone() for k, v in method.state().items()}
     quiet = batch([0, 1, 2, 3], training=False)
     targets = method.targets(features(1), quiet)
-    outputs = module({"image": torch.randn(4, 3, 16, 16)})
+    outputs = module(Batch({"image": torch.randn(4, 3, 16, 16)}))
     _, report = method.losses(outputs, targets, quiet)
     assert report["t_coeff"].tolist() == [0.5, 0.5]
     method.targets(features(2), batch([0, 1, 2, 3]))

@@ -25,8 +25,8 @@ class Model(nn.Module):
         super().__init__()
         self.student, self.head = student, nn.Linear(dim, out)
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        out: Tensor = self.head(self.student(views["crop"]))
+    def forward(self, batch: Batch) -> Tensor:
+        out: Tensor = self.head(self.student(batch.views["crop"]))
         return out
 
 
@@ -64,7 +64,7 @@ class Constant(Method):
     def schedules(self, step: int) -> dict[str, float]:
         return {"lr": warmup_cosine(step, base=self.settings.lr, final=0.0, steps=self.steps)}
 
-    def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
 
     def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:

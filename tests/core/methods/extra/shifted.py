@@ -29,8 +29,8 @@ class ShiftedModel(nn.Module):
         super().__init__()
         self.student, self.head = student, nn.Linear(dim, out, bias=False)
 
-    def forward(self, views: dict[str, Tensor]) -> list[Tensor]:
-        return [self.head(self.student(views[name])) for name in ("image", "other")]
+    def forward(self, batch: Batch) -> list[Tensor]:
+        return [self.head(self.student(batch.views[name])) for name in ("image", "other")]
 
 
 class Shifted(Method):
@@ -78,7 +78,7 @@ class Shifted(Method):
     def schedules(self, step: int) -> dict[str, float]:
         return {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay * step / self.steps}
 
-    def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
 
     def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:
