@@ -1,0 +1,26 @@
+"""Stochastic depth by independent draws per sample, at any rate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import timm.layers.drop
+from torch import nn
+
+from core.models.vit import DropPath
+
+
+class SampleDropPath(DropPath):
+    """Each sample's branch is kept with probability 1 - rate and divided by it, whatever the rate."""
+
+    @property
+    def rule(self) -> Literal["none", "mask", "subset"]:
+        return "mask" if self.rate > 0 else "none"
+
+
+def use_sample_drop_path(model: nn.Module) -> None:
+    """Put `SampleDropPath` in the place of timm's modules of the same rates."""
+    for parent in [*model.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, timm.layers.drop.DropPath):
+                setattr(parent, name, SampleDropPath(child.drop_prob))
