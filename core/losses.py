@@ -43,3 +43,8 @@ def drop_teachers(loss_TB: Tensor, u_TB: Tensor, p: float) -> tuple[Tensor, Tens
     keep_TB = keep_TB.scatter(0, worst_B.unsqueeze(0), True)
     loss = torch.where(keep_TB, loss_TB, torch.zeros_like(loss_TB)).sum() / keep_TB.sum()
     return loss, keep_TB
+
+
+def soft_cross_entropy(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
+    """Cross-entropy with soft targets, - sum_c t log softmax(z), averaged over the batch: (B, C), (B, C) -> scalar."""
+    return -(_wide(targets_BC) * F.log_softmax(_wide(logits_BC), dim=-1)).sum(-1).mean()
