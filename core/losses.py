@@ -48,3 +48,8 @@ def drop_teachers(loss_TB: Tensor, u_TB: Tensor, p: float) -> tuple[Tensor, Tens
 def soft_cross_entropy(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
     """Cross-entropy with soft targets, - sum_c t log softmax(z), averaged over the batch: (B, C), (B, C) -> scalar."""
     return -(_wide(targets_BC) * F.log_softmax(_wide(logits_BC), dim=-1)).sum(-1).mean()
+
+
+def squared_error(pred: Tensor, target: Tensor) -> Tensor:
+    """(p - t)^2 averaged over channels: (..., D), (..., D) -> (...)."""
+    return F.mse_loss(_wide(pred), _wide(target), reduction="none").mean(-1)

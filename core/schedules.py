@@ -18,7 +18,7 @@ def warmup_cosine(step: int, *, base: float, final: float, steps: int, warmup: i
     return final + 0.5 * (base - final) * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def unshifted_cosine(step: int, *, base: float, final: float, start: float, steps: int, warmup: int = 0) -> float:
+def unshifted_cosine(step: int, *, base: float, final: float, start: float, steps: int, warmup: float = 0) -> float:
     """Linear warm-up from `start`, then a cosine over all `steps` (DIME-FM, section 7 of its notes).
 
     The cosine counts from step 0, not from the end of the warm-up, so that `base` is never quite reached.
