@@ -46,7 +46,7 @@ class Method:
 @dataclass
 class Student:
     name: str = "vit_base_patch16_224"  # any timm model
-    args: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
+    args: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model, and norm_eps
     drop_path: float = 0.0
     weights: str = ""  # "" = from scratch; else as Teacher.weights
 
@@ -56,7 +56,9 @@ class Teacher:
     name: str = ""  # timm model
     args: dict[str, Any] = field(default_factory=dict)
     weights: str = "hub"  # hub | hub:<id> | file:///x | s3://x | store:x | run:<id> | random
-    cls: str = "token"  # token: normed class token | pooled: timm's pooled, pre-logits feature
+    cls: str = "token"  # token: class token | pooled: timm's pooled, pre-logits feature | projected: through the head
+    norm: bool = True  # tokens after the final norm, else as the last block leaves them
+    positions: str = "offset"  # table of another grid: offset: factors (n + 0.1) / m | size: n / m | antialias: timm's
     normalize: str = "student"  # student: same tensor as the student | own: this model's mean and std, folded in
     licence: str = "unknown"
 
@@ -182,7 +184,8 @@ PARTS: dict[str, type] = {"method": Method, "student": Student, "data": Data}  #
 
 CHOICES = {
     "train.precision": ("bf16", "fp32"), "zero.stage": (0, 1, 2, 3), "launch.device": ("auto", "cpu", "cuda"),
-    "teachers.*.cls": ("token", "pooled"), "teachers.*.normalize": ("student", "own"),
+    "teachers.*.cls": ("token", "pooled", "projected"), "teachers.*.normalize": ("student", "own"),
+    "teachers.*.positions": ("offset", "size", "antialias"),
 }  # fmt: skip
 POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
             "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",

@@ -14,7 +14,7 @@ from core.config import Recipe
 from core.methods.base import Info, at_stage, create
 from core.models.students import create as create_model
 from core.models.students import describe
-from core.models.teachers import describe_teachers
+from core.models.teachers import create_teacher, describe_teachers
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
         trained, untrained = method.student_flops(partial(_at_size, student, recipe.student.name))
         teachers, teacher_params = {"student without gradient": untrained} if untrained else {}, {}
         for key, teacher in recipe.teachers.items():
-            model = create_model(teacher.name, teacher.args, None, f"teachers.{key}")
-            teachers[key] = network_flops(model, infos[key], infos[key].grid[0] * infos[key].patch)
+            model = create_teacher(teacher, f"teachers.{key}", infos[key].img_size)
+            teachers[key] = network_flops(model, infos[key], infos[key].img_size)
             teacher_params[key] = _params(model)
         everything = _params(method.build(student, info, infos))
     units = (info.grid[0] * info.grid[1] + info.prefix) * info.dim * info.depth

@@ -146,7 +146,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     start_from = recipe.student if reader is None else dataclasses.replace(recipe.student, weights="")
 
     def fresh() -> nn.Module:
-        student, _ = build_student(start_from, settings.img_size, recipe.seed, root)
+        student, _ = build_student(start_from, settings.img_size, recipe.seed, root, method.initialise)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
             return method.build(student, info, infos)

@@ -40,12 +40,13 @@ class Info:
     name: str
     dim: int
     depth: int
-    patch: int
-    grid: tuple[int, int]  # of patch tokens for the stage's images
+    patch: int  # pixels per patch token, a side
+    grid: tuple[int, int]  # of patch tokens for the stage's images; (0, 0) for networks that give none
     prefix: int  # class and register tokens in front of the patch tokens
     has_cls: bool
-    is_vit: bool
+    is_vit: bool  # a plain ViT: the output of every block can be taken
     img_size: int = 0  # of the images it gets in this stage
+    projection: int = 0  # width of the linear map on its pooled feature, 0 without one
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class Method(ABC):
     @abstractmethod
     def views(self) -> list[View]:
         """Crops the data side must produce for every sample."""
+
+    def initialise(self, student: nn.Module) -> None:  # noqa: B027 (most methods keep timm's)
+        """Initial weights of the student where they are not timm's; weights of the recipe are loaded over them."""
 
     @abstractmethod
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:

@@ -114,6 +114,17 @@ class Unic(Method):
                 f"student.name: unic taps every block and the class token of a ViT; {student.name} has "
                 f"{'no class token' if student.is_vit else 'no plain ViT blocks'}"
             )
+        for key, teacher in teachers.items():
+            if teacher.grid != student.grid:
+                raise ConfigError(
+                    f"teachers.{key}.name: unic matches patch tokens one to one; {teacher.name} gives a grid of "
+                    f"{teacher.grid} and the student {student.grid}"
+                )
+            if teacher.projection not in (0, teacher.dim):
+                raise ConfigError(
+                    f"teachers.{key}.cls: class features of {teacher.projection} channels beside patch tokens of "
+                    f"{teacher.dim}; unic needs one width: use token or pooled"
+                )
         o = self.options
         if o.hidden < 1 or o.last_hidden < 1:
             raise ConfigError(f"method.options.hidden, last_hidden: must be above 0, got {o.hidden}, {o.last_hidden}")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import timm
 import torch
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from core.config import ConfigError, Student, nearest
 from core.methods.base import Info
+from core.models.clip import as_projection, set_norm_eps
+from core.models.features import family, stride
 from core.models.locate import read_weights
-from core.models.vit import as_vit, set_drop_path
+from core.models.vit import set_drop_path
 from core.models.weights import load_strict
+
+NORM_EPS = "norm_eps"  # of student.args and teachers.*.args, beside what timm takes: epsilon of every LayerNorm
 
 
 def create(name: str, args: dict[str, Any], img_size: int | None, field: str) -> nn.Module:
-    """A headless timm model with random weights, for images of `img_size` where its weights depend on that.
+    """A timm model with random weights, for images of `img_size` where its weights depend on that.
 
+    Without a head, or (args: num_classes) with one that is a projection: it has no bias to train.
     Raises ConfigError for an unknown name or argument.
     """
     if name not in timm.list_models(name):
@@ -28,41 +32,40 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
         raise ConfigError(f"{field}.name: timm has no model {name!r}{hint or nearest(name, timm.list_models())}")
     arguments = build_arguments(name, args, img_size)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        model: nn.Module = timm.create_model(name, pretrained=False, **{"num_classes": 0, **arguments})
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{field}: timm cannot build {name} with {arguments}: {error}") from None
-    return model
+    if NORM_EPS in args:
+        set_norm_eps(model, float(args[NORM_EPS]))
+    return as_projection(model)
 
 
 def build_arguments(name: str, args: dict[str, Any], img_size: int | None) -> dict[str, Any]:
     """What `timm.create_model` is given: the image size too where a model's weights depend on it."""
     config = timm.get_pretrained_cfg(name)
     sized = img_size is not None and (config is None or config.fixed_input_size)
-    return {**({"img_size": img_size} if sized else {}), **args}
+    own = {key: value for key, value in args.items() if key != NORM_EPS}
+    return {**({"img_size": img_size} if sized else {}), **own}
 
 
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:
     """Shapes of a model's features for images of `img_size`.  Raises ConfigError when the grid does not divide it."""
-    if not _is_plain_vit(model):
-        dim = int(getattr(model, "num_features", 0))
-        return Info(name, dim, 0, 0, (0, 0), 0, has_cls=False, is_vit=False, img_size=img_size)
-    model = as_vit(model)
-    patch = int(model.patch_embed.patch_size[0])
+    net, patch = cast(Any, model), stride(model)
+    dim, out = int(getattr(net, "num_features", 0)), int(getattr(net, "num_classes", 0) or 0)
+    if not patch:
+        return Info(name, dim, 0, 0, (0, 0), 0, has_cls=False, is_vit=False, img_size=img_size, projection=out)
     if img_size % patch:
         raise ConfigError(
             f"{field}: {name} has patches of {patch} pixels, which do not divide images of {img_size}; "
             f"use train.img_size={img_size // patch * patch or patch}"
         )
     grid = (img_size // patch, img_size // patch)
-    has_cls = bool(model.has_class_token)
-    prefix = int(model.num_prefix_tokens)
-    return Info(name, int(model.embed_dim), len(model.blocks), patch, grid, prefix, has_cls, True, img_size)
-
-
-def _is_plain_vit(model: nn.Module) -> bool:
-    """Whether block outputs can be taken: no convolutional stem, no tokens but class and registers."""
-    plain = isinstance(model, VisionTransformer) and not hasattr(model, "dist_token")
-    return plain and type(model.patch_embed) is PatchEmbed
+    if family(model) == "swin":
+        depth = sum(len(layer.blocks) for layer in net.layers)
+        return Info(name, dim, depth, patch, grid, 0, has_cls=False, is_vit=False, img_size=img_size, projection=out)
+    has_cls, prefix = bool(getattr(net, "has_class_token", True)), int(net.num_prefix_tokens)
+    is_vit = family(model) == "vit"
+    return Info(name, int(net.embed_dim), len(net.blocks), patch, grid, prefix, has_cls, is_vit, img_size, out)
 
 
 def describe_student(student: Student, img_size: int) -> Info:
@@ -76,9 +79,12 @@ def describe_student(student: Student, img_size: int) -> Info:
         return describe(create(student.name, student.args, img_size, "student"), student.name, img_size, "student")
 
 
-def build_student(student: Student, img_size: int, seed: int, root: str) -> tuple[nn.Module, Info]:
+def build_student(
+    student: Student, img_size: int, seed: int, root: str, initialise: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, Info]:
     """The student for one stage, the same on every rank: its initial weights depend on `seed` alone.
 
+    initialise: the method's rule for initial weights, where it has one; a student's own weights are loaded after it.
     Raises ConfigError, WeightsError, StoreError.
     """
     info = describe_student(student, img_size)
@@ -86,6 +92,8 @@ def build_student(student: Student, img_size: int, seed: int, root: str) -> tupl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create(student.name, own | student.args, img_size, "student")
+        if initialise is not None:
+            initialise(model)
     if student.weights:
         load_strict(model, read_weights(student.weights, student.name, root))
     if info.is_vit and student.drop_path:

@@ -6,7 +6,7 @@ timm's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -26,13 +26,15 @@ def resize_pos_embed(
     grid: tuple[int, int],
     num_prefix: int,
     offset: float | None = RELEASED_OFFSET,
+    antialias: bool = False,
 ) -> Tensor:
-    """Bicubic resampling of a position table to another grid, in float32, without antialiasing.
+    """Bicubic resampling of a position table to another grid, in float32.
 
     Args:
         table_1ND: (1, num_prefix + h*w, D); the first `num_prefix` rows belong to tokens without a place and stay.
         old_grid, grid: (rows, columns) of the table and of the wanted one.
         offset: sampling factors are (new + offset) / old per axis, as in the released models; None = exactly new / old.
+        antialias: with offset None: as timm resamples the tables of its weights.
 
     Returns:
         (1, num_prefix + grid rows * columns, D) in the table's dtype.
@@ -40,7 +42,7 @@ def resize_pos_embed(
     prefix, places = table_1ND[:, :num_prefix], table_1ND[:, num_prefix:]
     image = places.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if offset is None:
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     else:
         factors = [(new + offset) / old for new, old in zip(grid, old_grid, strict=True)]
         image = F.interpolate(image, scale_factor=factors, mode="bicubic", align_corners=False)
@@ -56,6 +58,23 @@ def pos_embed_for(vit: VisionTransformer, grid: tuple[int, int], offset: float |
     if tuple(grid) == native:
         return table
     return resize_pos_embed(table, native, grid, 0 if vit.no_embed_class else vit.num_prefix_tokens, offset)
+
+
+def set_grid(vit: VisionTransformer, grid: tuple[int, int], rule: str = "offset") -> None:
+    """Give a model a position table for another grid once and for all, instead of resampling it in every pass.
+
+    rule: offset (factors (new + 0.1) / old, as DINOv2) | size (exact factors) | antialias (as timm's own weights).
+    """
+    native: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+    if tuple(grid) == native:
+        return
+    if vit.pos_embed is not None:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        offset = RELEASED_OFFSET if rule == "offset" else None
+        table = resize_pos_embed(vit.pos_embed.data, native, grid, prefix, offset, antialias=rule == "antialias")
+        vit.pos_embed = nn.Parameter(table, requires_grad=vit.pos_embed.requires_grad)
+    patch_h, patch_w = vit.patch_embed.patch_size
+    vit.patch_embed.set_input_size(img_size=(grid[0] * patch_h, grid[1] * patch_w))
 
 
 def embed_patches(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -98,11 +117,17 @@ def forward_taps(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Grids other than the model's own get an interpolated position table, non-square ones included.
     """
+    return list(iterate_taps(model, images))
+
+
+def iterate_taps(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """The tensors of `forward_taps` one by one: without gradients, earlier ones are freed once they are dropped."""
     vit = as_vit(model)
-    taps = [embed(vit, images)]
+    x = embed(vit, images)
+    yield x
     for block in vit.blocks:
-        taps.append(run_block(vit, block, taps[-1]))
-    return taps
+        x = run_block(vit, block, x)
+        yield x
 
 
 def run_block(vit: VisionTransformer, block: nn.Module, x: Tensor) -> Tensor:
@@ -167,9 +192,3 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
         if not hasattr(block, "drop_path1"):
             raise TypeError(f"{type(block).__name__} has no two residual branches to drop: use a model of plain blocks")
         block.drop_path1, block.drop_path2 = DropPath(block_rate), DropPath(block_rate)
-
-
-def center_pad(height: int, width: int, multiple: int) -> tuple[int, int, int, int]:
-    """Padding (top, bottom, left, right) up to the next multiple; an odd pixel goes to the bottom and right."""
-    rows, columns = -height % multiple, -width % multiple
-    return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2

@@ -57,7 +57,8 @@ def to_timm(state: Mapping[str, Any], layout: str | None = None) -> State:
 def load_strict(model: nn.Module, state: Mapping[str, Any], layout: str | None = None) -> None:
     """Load a state dict, in timm's or an upstream layout, into a timm model: every key and shape must match.
 
-    Only a model without classifier (num_classes=0) may leave out the classifier that the file holds.
+    Only a model without classifier (num_classes=0) may leave out the classifier that the file holds, and only a
+    projection may have a bias that the file does not.
 
     Raises:
         WeightsError: lists all missing and unexpected keys and all shapes that differ; the model is left as it was.
@@ -67,11 +68,18 @@ def load_strict(model: nn.Module, state: Mapping[str, Any], layout: str | None =
     given = to_timm(state, layout)
     if getattr(model, "num_classes", None) == 0:
         given = {key: value for key, value in given.items() if key in own or not key.startswith(_classifiers(model))}
+    given |= {key: torch.zeros_like(own[key]) for key in _fixed_biases(model) - given.keys()}
     problems = _mismatches(own, given)
     if problems:
         heading = f"weights (read as layout {layout}) do not fit {type(model).__name__}"
         raise WeightsError("\n  ".join([heading, *problems]))
     model.load_state_dict(given, strict=True)
+
+
+def _fixed_biases(model: nn.Module) -> set[str]:
+    """Biases of a projection, which upstream does not have."""
+    named = model.named_parameters()
+    return {key for key, p in named if key in ("head.bias", "head.fc.bias") and not p.requires_grad}
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.config import load
 from core.flops import network_flops, stage_cost
 from core.methods.base import Batch, complete, create
+from core.models.features import take
 from core.models.students import create as create_model
 from core.models.students import describe
-from core.models.teachers import describe_teachers, take
+from core.models.teachers import describe_teachers
 
 
 def _counted(run: Callable[[], object]) -> float:

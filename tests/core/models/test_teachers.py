@@ -13,8 +13,9 @@ from torch import Tensor
 from core.config import ConfigError, Recipe, Teacher
 from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Info
+from core.models.features import take
 from core.models.students import create, describe
-from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers, own_normalisation, take
+from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers, own_normalisation
 from core.models.weights import WeightsError
 
 VIT, CLIP = "vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"
@@ -54,7 +55,7 @@ def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Te
 
 @pytest.mark.parametrize(("name", "args"), [(VIT, {}), (VIT, {"reg_tokens": 2}), (CLIP, {})])
 def test_token_targets_are_timm_s_normed_features(name: str, args: dict[str, Any]) -> None:
-    made, x = one(teacher(name, args)), pixels(16)
+    made, x = one(teacher(name, args)), pixels()
     tokens = made.model.forward_features(x)
     cls, patch = take(made.model, x, "token")
     torch.testing.assert_close(cls, tokens[:, 0])
@@ -135,7 +136,7 @@ def test_a_file_that_does_not_fit_is_refused_with_all_keys(tmp_path: Path) -> No
     save_file(state, tmp_path / "good.safetensors")
     root = f"file://{tmp_path}"
     good = loaded(recipe(t=teacher(weights="store:good.safetensors")), root=root)["t"]
-    assert good.model.pos_embed.equal(state["pos_embed"])
+    assert good.model.cls_token.equal(state["cls_token"])
     state["blocks.7.norm1.weight"] = state.pop("blocks.1.norm1.weight")
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(WeightsError) as error:
@@ -149,7 +150,7 @@ def test_a_teacher_is_frozen_runs_in_evaluation_mode_and_its_features_can_stand_
     x = pixels()
     first, second = made(x), made(x)
     assert first.cls.equal(second.cls)
-    assert first.patch.dtype is torch.bfloat16
+    assert first.patch.dtype is torch.float32
     assert not any(p.requires_grad for p in made.parameters())
     assert first.patch.requires_grad is False
     prediction = torch.zeros(2, 24, requires_grad=True)
@@ -163,7 +164,7 @@ def test_a_teacher_is_frozen_runs_in_evaluation_mode_and_its_features_can_stand_
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (Teacher("resnet18"), "teachers.t.name: resnet18 is no plain ViT"),
+        (Teacher("resnet18"), "teachers.t.cls: resnet18 has no class token; use teachers.t.cls=pooled"),
         (Teacher("vit_tiny"), "teachers.t.name: timm has no model 'vit_tiny'"),
         (Teacher("vit_base_patch16_siglip_224"), "teachers.t.cls: .* has no class token; use teachers.t.cls=pooled"),
         (Teacher(VIT, {"dpeth": 2}), "teachers.t: timm cannot build"),

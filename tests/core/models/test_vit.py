@@ -181,8 +181,3 @@ def test_drawing_never_waits_for_the_device() -> None:
         for path in paths:
             path(torch.ones(8, 3))
     assert syncs.found == []
-
-
-def test_padding_is_even_with_the_odd_pixel_at_the_bottom_right() -> None:
-    assert vits.center_pad(512, 513, 14) == (3, 3, 2, 3)
-    assert vits.center_pad(28, 28, 14) == (0, 0, 0, 0)

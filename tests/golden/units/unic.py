@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.data import views
 from core.evaluate.knn import knn as weighted_knn
 from core.evaluate.linear import split_trainval as split_by_class
 from core.evaluate.linear import train_linear
@@ -179,7 +180,7 @@ def _recorded(scale_B: Tensor) -> Callable[[int, torch.device], Tensor]:
 
 def teacher(layout: str, cls: str) -> Unit:
     def unit(case: Case) -> Checks:
-        from core.models.teachers import take
+        from core.models.features import take
 
         model, images = vit_from(case, layout=layout).eval(), tensor(case["in.image"])
         with torch.no_grad():
@@ -267,10 +268,7 @@ def split_trainval(case: Case) -> Checks:
 
 
 def center_pad(case: Case) -> Checks:
-    rows = []
-    for multiple, height, width in case["in.multiple_h_w"].tolist():
-        top, bottom, left, right = vits.center_pad(height, width, multiple)
-        rows.append([height + top + bottom, width + left + right, top, bottom, left, right])
+    rows = [views.center_pad(height, width, multiple) for multiple, height, width in case["in.multiple_h_w"].tolist()]
     yield "out.h_w_top_bottom_left_right", rows, case["out.h_w_top_bottom_left_right"], 0.0
 
 
