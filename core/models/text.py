@@ -1,0 +1,86 @@
+"""CLIP's text side: the tokeniser and the text tower of open_clip, for prompts, zero-shot classifiers and features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from core.models.weights import WeightsError, unwrap
+
+SLOTS = 77
+
+
+@cache
+def _bpe() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def tokenize(texts: Sequence[str], slots: int = SLOTS) -> Tensor:
+    """(N, slots) int64 of CLIP's byte-pair ids between a start and an end token, zeros behind them.
+
+    What does not fit is cut off, the end token included, as in the released training and evaluation; `pool` then takes
+    the largest id that is left.
+    """
+    bpe = _bpe()
+    ids = torch.zeros(len(texts), slots, dtype=torch.int64)
+    for row, text in zip(ids, texts, strict=True):
+        tokens = [bpe.sot_token_id, *bpe.encode(text), bpe.eot_token_id][:slots]
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def pool_position(ids_NS: Tensor) -> Tensor:
+    """(N,): where a sentence's vector is taken, at its largest id: the end token's unless that was cut off."""
+    return ids_NS.argmax(dim=-1)
+
+
+class TextTower(nn.Module):
+    """A CLIP text tower: token ids (N, S) -> projected vectors (N, E), pooled at the largest id."""
+
+    def __init__(self, width: int, layers: int, heads: int, dim: int, slots: int = SLOTS, vocabulary: int = 49408,
+                 quick_gelu: bool = True) -> None:  # fmt: skip
+        super().__init__()
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        self.model = TextTransformer(
+            context_length=slots, vocab_size=vocabulary, width=width, heads=heads, layers=layers, output_dim=dim,
+            pool_type="argmax", act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )  # fmt: skip
+        self.slots = slots
+
+    def forward(self, ids_NS: Tensor) -> Tensor:
+        return cast(Tensor, self.model(ids_NS))
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """(N, E) float32 of sentences, on the tower's device."""
+        device = next(self.parameters()).device
+        ids_NS = tokenize(texts, self.slots)
+        return torch.cat([self(part.to(device)).float() for part in ids_NS.split(batch)])
+
+
+def text_tower(state: Mapping[str, Any], quick_gelu: bool = True) -> TextTower:
+    """The text tower in a CLIP checkpoint of OpenAI's key layout, sized by its arrays; image keys are left aside.
+
+    Raises WeightsError when a key is missing.
+    """
+    tensors = {key.removeprefix("text."): value.float() for key, value in unwrap(state).items()}
+    try:
+        slots, width = tensors["positional_embedding"].shape
+        vocabulary, dim = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
+    except KeyError as error:
+        raise WeightsError(f"no CLIP text tower: {error.args[0]} is missing from the weights") from None
+    layers = len({key.split(".")[2] for key in tensors if key.startswith("transformer.resblocks.")})
+    tower = TextTower(width, layers, max(1, width // 64), dim, slots, vocabulary, quick_gelu)
+    own = tower.model.state_dict()
+    missing = sorted(own.keys() - tensors.keys() - {"attn_mask"})
+    if missing:
+        raise WeightsError(f"no whole CLIP text tower: missing {', '.join(missing)}")
+    tower.model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+    return tower.eval().requires_grad_(False)
