@@ -254,7 +254,10 @@ class ClippedAdamW(torch.optim.AdamW):
                     self.start(flat, 0)
         if self.clip > 0:
             flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self._clip_fragments(flats) if self._sharded else clip_per_parameter([p.grad for p in flats], self.clip)
+            if self._sharded and flats:
+                self._clip_fragments(flats)
+            else:
+                clip_per_parameter([p.grad for p in flats], self.clip)
         return super().step(closure)
 
     def _clip_fragments(self, flats: list[Tensor]) -> None:

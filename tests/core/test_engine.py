@@ -44,15 +44,16 @@ class Net(nn.Module):
         return out
 
 
-def groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Weights (decayed), an empty group, and the rest at half the rate."""
+def groups(net: nn.Module, frozen_steps: int = 0) -> list[dict[str, Any]]:
+    """Weights (decayed), an empty group, and the rest at half the rate, left alone for some steps."""
     named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     decayed = {n: p for n, p in named if p.ndim > 1}
     free = {n: p for n, p in named if p.ndim == 1}
     return [
         {"params": list(decayed.values()), "names": list(decayed), "weight_decay": SETTINGS.weight_decay},
         {"params": [], "names": [], "weight_decay": 0.1},
-        {"params": list(free.values()), "names": list(free), "weight_decay": 0.0, "lr_scale": 0.5},
+        {"params": list(free.values()), "names": list(free), "weight_decay": 0.0, "lr_scale": 0.5,
+         "frozen_steps": frozen_steps},
     ]
 
 
@@ -79,7 +80,8 @@ def settings_of(clip: float) -> Train:
     return dataclasses.replace(SETTINGS, clip=clip)
 
 
-CLIPS = {"off": (0.0, True), "per parameter": (0.3, True), "global": (0.3, False)}
+CLIPS = {"off": (0.0, True), "per parameter": (0.3, True), "global": (0.3, False), "a frozen group": (0.3, True)}
+FROZEN = {"a frozen group": 2}  # steps in which the group without decay is left alone
 
 
 def plain() -> dict[str, State]:
@@ -87,7 +89,7 @@ def plain() -> dict[str, State]:
     found, comm = {}, Comm(torch.device("cpu"))
     for name, (clip, per_parameter) in CLIPS.items():
         net = Net()
-        engine = PlainEngine(net, groups(net), settings_of(clip), comm, per_parameter)
+        engine = PlainEngine(net, groups(net, FROZEN.get(name, 0)), settings_of(clip), comm, per_parameter)
         train(engine, comm)
         found[name] = {
             n: {"weight": p.detach().numpy(), **{k: engine.adam.state[p][k].numpy() for k in KINDS[1:]}}
@@ -103,7 +105,7 @@ def sharded() -> dict[tuple[int, str], Any]:
     for stage in range(4):
         for name, (clip, per_parameter) in CLIPS.items():
             net = Net()
-            engine = Engine(net, groups(net), settings_of(clip), zero_stage=stage, world=comm.world,
+            engine = Engine(net, groups(net, FROZEN.get(name, 0)), settings_of(clip), zero_stage=stage, world=comm.world,
                             per_parameter_clip=per_parameter, device=comm.device)  # fmt: skip
             train(engine, comm)
             pieces = [(f.name, f.start, f.numel, {k: f.view(k).clone().numpy() for k in KINDS})
