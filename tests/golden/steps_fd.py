@@ -1,0 +1,181 @@
+"""Whole training steps of Feature-Distillation: both stages through the methods and an engine.
+
+In float64 through `core.plain` (the runner), and in float32 through `core.engine` at every ZeRO stage (the tests).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.comm import Comm
+from core.config import Teacher, Train
+from core.engine import Engine
+from core.methods.base import Batch, Method
+from core.methods.fd import Fd, FdOptions
+from core.methods.finetune import Finetune, FinetuneOptions
+from core.models.teachers import FrozenTeacher
+from core.models.weights import to_timm
+from core.plain import PlainEngine
+from tests.golden.networks_fd import beit, describe, meta, params, plain_vit
+from tests.golden.runner import Case, Check
+from tests.ranks import run_ranks
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-4}  # of whole steps, from the folder's README
+Arrays = dict[str, np.ndarray]
+
+
+def train_steps_fd(case: Case, stage: int | None = None, world: int = 1) -> list[Check]:
+    return _checks(case, _ranks(_distil, case, stage, world), stage)
+
+
+def train_steps_finetune(case: Case, stage: int | None = None, world: int = 1) -> list[Check]:
+    return _checks(case, _ranks(_finetune, case, stage, world), stage)
+
+
+def _ranks(run: Any, case: Case, stage: int | None, world: int) -> Arrays:
+    if stage is None:
+        return run(case, None)
+    return run_ranks(run, world, case, stage)[0]
+
+
+def _distil(case: Case, stage: int | None) -> Arrays:
+    """One rank of the distillation. A batch is cut into as many micro-batches as there are ranks, or, where the case
+    accumulates, each recorded batch is one micro-batch."""
+    hp, comm = meta(case), Comm(torch.device("cpu"))
+    each, every = case["batches"].shape[1], max(hp["accumulation"], 1)
+    micro = each if every > 1 else each // comm.world
+    per_epoch, decoder = hp["iters_per_epoch"] // every, params(case, "init/decoder.0.")
+    settings = _settings(hp, each * every, micro)
+    options = FdOptions(warmup_lr=hp["warmup_lr"], accumulation=every, iterations=hp["epochs"] * hp["iters_per_epoch"])
+    method = Fd(options, settings, hp["epochs"] * per_epoch)
+    state = to_timm(params(case, "init/feature_model."), "timm")
+    teacher_net = plain_vit(state, int(re.search(r"heads(\d+)", hp["teacher"])[1]), hp["img_size"])
+    info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
+    teacher_info = describe(state["cls_token"].shape[-1], 0, hp["patch_size"], hp["img_size"])
+    teacher = FrozenTeacher(Teacher(name="teacher", weights="random"), teacher_net, teacher_info, info).to(
+        _dtype(stage)
+    )
+    module = method.build(beit(hp, shared=True), info, {"teacher": teacher_info}).to(_dtype(stage))
+    student = {f"encoder.{k}": v for k, v in params(case, "init/encoder.").items()}
+    module.load_state_dict(student | {f"decoder.0.{k}": v.reshape(v.shape[:2]) for k, v in decoder.items()})
+
+    def batch_of(images: Tensor, row: int, part: slice) -> Batch:
+        return Batch({"image": images[part]})
+
+    def loss_of(engine: Any, batch: Batch) -> Tensor:
+        targets = method.targets({"teacher": teacher(batch.views["image"])}, batch)
+        return method.losses(engine.forward(batch), targets, batch)[0]
+
+    return _run(case, method, module, stage, comm, batch_of, loss_of, every, hp["epochs"])
+
+
+def _finetune(case: Case, stage: int | None) -> Arrays:
+    hp, comm = meta(case), Comm(torch.device("cpu"))
+    each = case["batches"].shape[1]
+    settings = _settings(hp, each, each if stage is None else 1)
+    options = FinetuneOptions(num_classes=hp["num_classes"], layer_decay=hp["layer_decay"], warmup_lr=hp["warmup_lr"])
+    method = Finetune(options, settings, hp["epochs"] * hp["iters_per_epoch"])
+    info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
+    module = method.build(beit(hp, shared=False), info, {}).to(_dtype(stage))
+    state = {f"{'' if k.startswith('head.') else 'encoder.'}{k}": v for k, v in params(case, "init/").items()}
+    module.load_state_dict(state)
+    soft = torch.from_numpy(case["soft_targets"]).to(_dtype(stage))
+
+    def batch_of(images: Tensor, row: int, part: slice) -> Batch:
+        return Batch({"image": images[part]}, extra={"soft_targets": soft[row][part]})
+
+    def loss_of(engine: Any, batch: Batch) -> Tensor:
+        return method.losses(engine.forward(batch), method.targets({}, batch), batch)[0]
+
+    out = _run(case, method, module, stage, comm, batch_of, loss_of, 1, hp["epochs"])
+    layers = [re.fullmatch(r"layer_(\d+)_(no_decay|decay)", str(name)) for name in case["group_names"]]
+    own = {(g["layer"], g["weight_decay"] > 0): g["lr_scale"] for g in method.param_groups(module)}
+    scales = [own[int(m[1]), m[2] == "decay"] for m in layers]
+    out["lrs"] = np.array([[method.lr(step, scale) for scale in scales] for step in range(method.steps)])
+    return out
+
+
+def _run(
+    case: Case, method: Method, module: nn.Module, stage: int | None, comm: Comm, batch_of: Any, loss_of: Any,
+    every: int, epochs: int,
+) -> Arrays:  # fmt: skip
+    """All optimiser steps of one rank: losses per recorded batch, gradient norms, rates, final weights."""
+    dtype, settings = _dtype(stage), method.settings
+    groups = method.param_groups(module)
+    engine: Engine | PlainEngine = PlainEngine(module, groups, settings, comm, method.per_parameter_clip)
+    if stage is not None:
+        engine = Engine(module, groups, settings, zero_stage=stage, world=comm.world,
+                        per_parameter_clip=method.per_parameter_clip, device=comm.device)  # fmt: skip
+    engine.train(True)
+    batches = torch.from_numpy(case["batches"]).to(dtype)
+    micros = settings.batch // settings.micro_batch
+    share = range(comm.rank * micros // comm.world, (comm.rank + 1) * micros // comm.world)
+    losses, norms, rates = [], [], []
+    for step in range(method.steps):
+        start = step * every % len(batches) if every == 1 else step * every
+        own = []
+        for number in share:
+            row = start + (number if every > 1 else 0)
+            first = 0 if every > 1 else number * settings.micro_batch
+            batch = batch_of(batches[row], row, slice(first, first + settings.micro_batch))
+            own.append(loss_of(engine, batch))
+            engine.backward(own[-1])
+        found = comm.gather(torch.stack([loss.detach() for loss in own])).flatten()
+        losses += found.tolist() if every > 1 else [float(found.mean())]
+        norms.append(_before_step(engine, module))
+        rates.append(method.schedules(step)["lr"])
+        engine.step(lambda scale, step=step: method.lr(step, scale))
+        norms[-1] = norms[-1] if norms[-1] is not None else float(engine.ds.get_global_grad_norm())
+    for row in range(method.steps * every, len(batches)) if every > 1 and epochs == 1 else ():
+        with torch.no_grad():  # computed and thrown away in the release
+            losses.append(float(loss_of(engine, batch_of(batches[row], row, slice(None)))))
+    out = {"losses": np.array(losses), "grad_norms": np.array(norms), "lrs": np.array(rates)}
+    return out | {f"final.{name}": value for name, value in _final(engine, comm).items()}
+
+
+def _before_step(engine: Engine | PlainEngine, module: nn.Module) -> float | None:
+    """Norm over all gradients where they lie in the parameters; ZeRO tells it after its step."""
+    if isinstance(engine, Engine) and not engine.replicated:
+        return None
+    return float(torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm())
+
+
+def _final(engine: Engine | PlainEngine, comm: Comm) -> Arrays:
+    if isinstance(engine, PlainEngine):
+        return {name: p.detach().numpy() for name, p in engine.module.named_parameters()}
+    full = {name: torch.zeros(shape).flatten() for name, shape in engine.shapes.items()}
+    for f in engine.fragments():
+        full[f.name][f.start : f.start + f.numel] = f.view("weight") / (comm.world if engine.replicated else 1)
+    return {name: comm.sum(flat).view(engine.shapes[name]).numpy() for name, flat in full.items()}
+
+
+def _settings(hp: dict[str, Any], batch: int, micro: int) -> Train:
+    betas = tuple(hp.get("betas", (0.9, 0.999)))
+    return Train(batch=batch, micro_batch=micro, lr=hp["base_lr"], lr_batch=0, min_lr=hp["min_lr"],
+                 warmup_steps=hp["warmup_epochs"] * hp["iters_per_epoch"], weight_decay=hp["weight_decay"],
+                 betas=betas, eps=hp.get("eps", 1e-8), clip=hp["clip_grad"], precision="fp32")  # fmt: skip
+
+
+def _dtype(stage: int | None) -> torch.dtype:
+    return torch.float64 if stage is None else torch.float32
+
+
+def _checks(case: Case, got: Arrays, stage: int | None) -> list[Check]:
+    tolerance = TOLERANCES[_dtype(stage)]
+    checks: list[Check] = [(name, got[name], case[name], tolerance) for name in ("losses", "grad_norms", "lrs")]
+
+    def final(name: str) -> np.ndarray:
+        return got[f"final.{name}"] if f"final.{name}" in got else got[f"final.encoder.{name}"]
+
+    for name, want in case.below("final/").items():
+        checks.append((f"final/{name}", final(name).reshape(want.shape), want, tolerance))
+    squares = [(final(str(name)).astype(np.float64) ** 2).sum() for name in case["final_names"]]
+    checks.append(("final_sq_norm", np.array(squares), case["final_sq_norm"], tolerance))
+    trained = {name.removeprefix("final.") for name in got if name.startswith("final.")}
+    names = {str(n) if str(n) in trained else f"encoder.{n}" for n in case["final_names"]}
+    return [*checks, ("final_names", sorted(trained), sorted(names), 0.0)]
