@@ -96,8 +96,12 @@ def crc32c(data: bytes) -> int:
 
 
 def resolve(uri: str, root: str) -> str:
-    """`store:a/b` below the store `root`; any other URI unchanged."""
-    return f"{root.rstrip('/')}/{uri.removeprefix('store:')}" if uri.startswith("store:") else uri
+    """`store:a/b` below the store `root`; any other URI unchanged.  Raises StoreError for a path without a scheme."""
+    if uri.startswith("store:"):
+        return f"{root.rstrip('/')}/{uri.removeprefix('store:')}"
+    if uri.startswith(("/", ".", "~")):
+        raise StoreError(f"{uri!r} has no scheme: write file://{os.path.abspath(os.path.expanduser(uri))}")
+    return uri
 
 
 def open_store(uri: str) -> Store:

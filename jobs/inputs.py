@@ -134,8 +134,8 @@ def _data(wanted: tuple[str, str], root: str, made: set[str]) -> Missing | None:
         return Missing(f"{field} is not set: no images to learn from", how)
     if uri in made:
         return None
-    place = resolve(uri, root)
     try:
+        place = resolve(uri, root)
         if place.startswith("file://") and not Path(place.removeprefix("file://")).is_dir():
             return Missing(f"{field}: there is no folder {place}", how)
         if is_empty(place):

@@ -285,6 +285,8 @@ def test_resolve_reads_store_as_the_configured_root() -> None:
     assert resolve("store:a/b", "file:///root/") == "file:///root/a/b"
     for uri in ("s3://other/x", "file:///x", "hub", "run:abc"):
         assert resolve(uri, "s3://bucket/root") == uri
+    with pytest.raises(StoreError, match="'/tmp/x' has no scheme: write file:///tmp/x"):
+        resolve("/tmp/x", "s3://bucket/root")
 
 
 def test_crc32c_is_the_castagnoli_polynomial() -> None:

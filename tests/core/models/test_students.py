@@ -131,6 +131,8 @@ def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     loaded, _ = build_student(student(weights="store:w.safetensors"), 16, 0, f"file://{tmp_path}")
     assert all(loaded.state_dict()[k].equal(v) for k, v in state.items())
-    save_file({k: v for k, v in state.items() if k != "norm.bias"} | {"odd": torch.ones(1)}, tmp_path / "w.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if k != "norm.bias"} | {"odd": torch.ones(1)}, tmp_path / "odd.safetensors"
+    )
     with pytest.raises(WeightsError, match=r"missing: norm.bias\s+unexpected: odd"):
-        build_student(student(weights="store:w.safetensors"), 16, 0, f"file://{tmp_path}")
+        build_student(student(weights="store:odd.safetensors"), 16, 0, f"file://{tmp_path}")
