@@ -4,14 +4,14 @@
 # 75 preempted, 1 failed.
 SHELL := /bin/sh
 PYTHON ?= python3
-OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS SRC DST SHORT_SIDE TAIL PYTHON
-VERBS := recipes plan doctor submit status logs cancel resume shards features eval export report gc image manifests bench
+OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS SRC DST SHORT_SIDE TAIL METHOD PYTHON
+VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-.PHONY: help setup demo test test-fast lint $(VERBS)
+.PHONY: help setup demo test test-fast lint bench $(VERBS)
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -37,6 +37,9 @@ lint: setup  ## ruff and mypy
 $(VERBS): setup
 	@.venv/bin/python -m jobs $@
 
+bench: setup
+	@if [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
+
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes
 plan:  ## what a recipe costs: RECIPE= [GPU=h100 GPUS=8] [PROFILE=] [SET=]
@@ -51,4 +54,4 @@ eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
 export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
 report:  ## write a run's report: RUN=
 features gc image manifests:  ## not built yet
-bench:  ## throughput and overheads on this machine
+bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=: a method's maths against its plain formulas
