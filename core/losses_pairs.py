@@ -31,7 +31,8 @@ class Weights:
 def unit(x_ND: Tensor) -> Tensor:
     """Rows divided by their norm, in float32 or wider; no epsilon."""
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-    return x_ND / x_ND.norm(dim=-1, keepdim=True)
+    out: Tensor = x_ND / x_ND.norm(dim=-1, keepdim=True)
+    return out
 
 
 def cosine_scores(a_RD: Tensor, b_CD: Tensor, scale: float = SCALE) -> Tensor:

@@ -50,7 +50,8 @@ def seeded_crop(
 def shorten_pil(image: Tensor, side: int) -> Tensor:
     """uint8 (3, H, W) with its short side at `side` pixels, by Pillow's bicubic resize."""
     resized = functional.resize(functional.to_pil_image(image), [side], InterpolationMode.BICUBIC)
-    return functional.pil_to_tensor(resized)
+    pixels: Tensor = functional.pil_to_tensor(resized)
+    return pixels
 
 
 def crop_pil(image: Tensor, box: Sequence[int], flip: bool, size: int) -> Tensor:
@@ -59,7 +60,8 @@ def crop_pil(image: Tensor, box: Sequence[int], flip: bool, size: int) -> Tensor
     crop = functional.resized_crop(
         functional.to_pil_image(image), top, left, height, width, [size, size], InterpolationMode.BILINEAR
     )
-    return functional.pil_to_tensor(functional.horizontal_flip(crop) if flip else crop)
+    pixels: Tensor = functional.pil_to_tensor(functional.horizontal_flip(crop) if flip else crop)
+    return pixels
 
 
 def squash_pil(image: Tensor, size: int) -> Tensor:
@@ -68,4 +70,5 @@ def squash_pil(image: Tensor, size: int) -> Tensor:
     How the toolkit prepares KITTI-distance, where a centre crop would cut off what is asked for.
     """
     resized = functional.resize(functional.to_pil_image(image), [size, size], InterpolationMode.BICUBIC)
-    return functional.pil_to_tensor(resized)
+    pixels: Tensor = functional.pil_to_tensor(resized)
+    return pixels

@@ -127,18 +127,29 @@ class FolderSource(Source):
 
 
 def open_source(uri: str, cache: ShardCache | None = None) -> Source:
-    """The samples at a resolved URI (file:///x or s3://bucket/x): indexed shards, else a folder of images.
+    """The samples at a resolved URI (file:///x or s3://bucket/x): indexed shards, tables, else a folder of images.
 
+    Tables are looked for where an image.list names them, or where there is no image file.
     cache: node-local cache of shards that are not on this machine; without one they are read by ranged gets.
     Raises DataError (nothing usable there) and core.storage.StoreError.
     """
-    from core.data.shard_source import ShardSource  # which builds on this file
+    from core.data.shard_source import ShardSource  # which build on this file
+    from core.data.tsv_source import LIST, open_tsv_source
 
     store = open_store(uri)
     if isinstance(store, FileStore) and not store.root.is_dir():
         raise DataError(f"{uri}: no such folder; give the absolute path of a folder as file:///path/to/images")
     index = _shard_index(store)
-    return FolderSource(store) if index is None else ShardSource(store, index, cache)
+    if index is not None:
+        return ShardSource(store, index, cache)
+    tables = open_tsv_source(store) if store.size(LIST) is not None else None
+    try:
+        return tables or FolderSource(store)
+    except DataError:
+        tables = open_tsv_source(store)
+        if tables is None:
+            raise
+        return tables
 
 
 def _shard_index(store: Store) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import binascii
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +112,7 @@ class Table:
         self.rows = np.arange(len(offsets)) if listed is None or not len(listed) else np.sort(listed)
         if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(offsets)):
             raise DataError(f"{store.uri}/{_beside(key, '.linelist')}: rows outside of the table's {len(offsets)}")
-        self._forget()
+        self._pid, self._file = os.getpid(), cast(BinaryIO | None, None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,10 +123,9 @@ class Table:
         start, end = int(self._ends[row]), int(self._ends[row + 1])
         before = 1 if start else 0
         data = self._bytes(start - before, end - start + before)
-        if before and data[:1] != b"\n":
-            raise self._mismatch(f"row {row} does not begin a line")
-        if b"\n" in data[before:-1]:
-            raise self._mismatch(f"row {row} holds several lines")
+        whole = data.endswith(b"\n") or end == self.size
+        if (before and data[:1] != b"\n") or not whole or b"\n" in data[before:-1]:
+            raise self._mismatch(f"bytes {start} to {end} are not one row")
         try:
             return [cell.strip() for cell in data[before:].decode("utf-8").split("\t")]
         except UnicodeDecodeError as error:
@@ -148,23 +147,14 @@ class Table:
     def _bytes(self, start: int, size: int) -> bytes:
         if not isinstance(self.store, FileStore):
             return self.store.get_range(self.key, start, size)
-        if self._pid != os.getpid():
-            self._forget()
-        if self._file is None:
+        if self._file is None or self._pid != os.getpid():
+            self._pid = os.getpid()
             with local_errors(f"{self.store.uri}/{self.key}", *ABSENT):
                 self._file = (self.store.root / self.key).open("rb", buffering=0)
         return os.pread(self._file.fileno(), size, start)
 
-    def _forget(self) -> None:
-        self._file: BinaryIO | None = None
-        self._pid = os.getpid()
-
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_file", "_pid")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        return {**self.__dict__, "_file": None}
 
 
 class Tables:

@@ -24,7 +24,7 @@ def split_trainval(labels: Ints, share: float = 0.2) -> tuple[Ints, Ints]:
     """Indices for training and validation; `labels` (N,) are classes or (N, C) of zeros and ones.
 
     The first ceil(share * count) samples of every class in file order validate.  With several labels a sample: class
-    by class, the first samples not yet taken, until ceil(share * count) of each class are, whatever they were taken for.
+    by class the first samples not yet taken, until ceil(share * count) of each are, whatever they were taken for.
     """
     if labels.ndim == 1:
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -49,18 +49,18 @@ def _greedy(labels_NC: NDArray[np.float64], share: float) -> Ints:
 class Standardiser:
     """Batch normalisation without scale and shift, from running statistics of the features of a probe's batches."""
 
-    mean_D: Tensor
-    var_D: Tensor
+    mean: Tensor  # (D,)
+    var: Tensor  # (D,)
 
     def update(self, x_BD: Tensor) -> Tensor:
         """The batch standardised by its own statistics, which enter the running ones."""
         var_D, mean_D = torch.var_mean(x_BD, dim=0, correction=0)
-        self.mean_D = torch.lerp(self.mean_D, mean_D, BN_MOMENTUM)
-        self.var_D = torch.lerp(self.var_D, var_D * len(x_BD) / (len(x_BD) - 1), BN_MOMENTUM)
+        self.mean = torch.lerp(self.mean, mean_D, BN_MOMENTUM)
+        self.var = torch.lerp(self.var, var_D * len(x_BD) / (len(x_BD) - 1), BN_MOMENTUM)
         return (x_BD - mean_D) / (var_D + BN_EPS).sqrt()
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        return (x_ND - self.mean_D) / (self.var_D + BN_EPS).sqrt()
+        return (x_ND - self.mean) / (self.var + BN_EPS).sqrt()
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Trained:
     optimistic number, `scores[-1]` the honest one.
     """
 
-    weight_CD: Tensor
-    bias_C: Tensor
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
     standardiser: Standardiser
     scores: list[float]
     best: float
-    best_probabilities_NC: Tensor | None
+    best_probabilities: Tensor | None  # (N, C)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def train_probe(
     scores: list[float] = []
     best, best_probabilities = 0.0, None
     for order in orders:
-        for index in order.split(batch):
+        for index in torch.split(order, batch):
             if len(index) > 1:
                 x_BD = standardiser.update(train_ND[index])
                 error_BC = _error(F.linear(x_BD, weight_CD, bias_C), wanted_NC[index], labels.ndim == 2)

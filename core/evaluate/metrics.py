@@ -35,12 +35,12 @@ def _curve(positive_N: Ints, score_N: Floats) -> tuple[Floats, Floats]:
     return np.append(1.0, hits[last] / (last + 1)), np.append(0.0, recall)
 
 
-def eleven_points(labels_NC: Ints, scores_NC: Floats) -> float:
-    """Mean over classes of the best precision at any recall of at least 1, 0.9, ... 0, averaged over these."""
+def eleven_points(labels_NC: Ints, scores_NC: Floats, recalls: Floats = RECALLS) -> float:
+    """Mean over classes of the best precision at any recall of at least each of `recalls`, averaged over these."""
     found = []
     for positive_N, score_N in zip(labels_NC.T, scores_NC.T, strict=True):
         precision, recall = _curve(positive_N, score_N)
-        found.append(np.mean([precision[recall >= r].max(initial=0.0) for r in RECALLS]))
+        found.append(np.mean([precision[recall >= r].max(initial=0.0) for r in recalls]))
     return float(np.mean(found))
 
 
@@ -63,5 +63,5 @@ METRICS: dict[str, Callable[[Ints, Floats], float]] = {
 def metric(name: str) -> Callable[[Ints, Floats], float]:
     """A metric by the toolkit's name.  Raises ConfigError for an unknown one."""
     if name not in METRICS:
-        raise ConfigError(f"metric {name!r} is unknown{nearest(name, METRICS)} (known: {', '.join(METRICS)})")
+        raise ConfigError(f"metric {name!r} is unknown{nearest(name, list(METRICS))} (known: {', '.join(METRICS)})")
     return METRICS[name]

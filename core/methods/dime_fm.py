@@ -113,7 +113,7 @@ class DimeFm(Method):
         """Vectors of the images, from the table or from a teacher that sees them, and of as many sentences."""
         stored = batch.extra.get(IMAGE)
         image = next(iter(features.values())).cls if stored is None else stored
-        return {IMAGE: image.float(), TEXT: batch.extra[TEXT].float()}
+        return {IMAGE: image, TEXT: batch.extra[TEXT]}
 
     def losses(self, outputs: Tensor, targets: Targets, batch: Batch) -> tuple[Tensor, Report]:
         """In float32 whatever the student computes in; outputs and targets are those of the global batch."""

@@ -38,8 +38,10 @@ def set_norm_eps(model: nn.Module, eps: float) -> nn.Module:
 
 @torch.no_grad()
 def init_clip(model: nn.Module) -> bool:
-    """Initialise a ViT as CLIP's visual tower, from torch's generator (section 3 of the DIME-FM notes); of a Swin, whose
-    draws in timm are those of the release, only the projection.  False: another network, left alone."""
+    """Initialise a ViT as CLIP's visual tower, from torch's generator (section 3 of the DIME-FM notes).
+
+    Of a Swin, whose draws in timm are those of the release, only the projection.  False: another network, left alone.
+    """
     if isinstance(model, VisionTransformer):
         _init_vit(model)
         return True
@@ -67,4 +69,3 @@ def _init_vit(vit: VisionTransformer) -> None:
         for layer in (block.attn.qkv, block.attn.proj):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-

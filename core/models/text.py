@@ -62,7 +62,7 @@ class TextTower(nn.Module):
         """(N, E) float32 of sentences, on the tower's device."""
         device = next(self.parameters()).device
         ids_NS = tokenize(texts, self.slots)
-        return torch.cat([self(part.to(device)).float() for part in ids_NS.split(batch)])
+        return torch.cat([self(part.to(device)).float() for part in torch.split(ids_NS, batch)])
 
 
 def text_tower(state: Mapping[str, Any], quick_gelu: bool = True) -> TextTower:
