@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.config import load
+from core.config import load, names
 from core.flops import network_flops, stage_cost
-from core.methods.base import Batch, complete, create
+from core.methods.base import Batch, at_stage, complete, create
 from core.models.features import take
 from core.models.students import create as create_model
 from core.models.students import describe
@@ -43,6 +44,27 @@ def test_student_ladder_and_teachers_agree_with_the_counter_within_a_percent(nam
             seen = torch.empty(1, 3, size, size)
             counted = _counted(lambda m=model, x=seen, c=teacher.cls: take(m, x, c))
             assert cost.teachers[key] == pytest.approx(counted, rel=0.01)
+
+
+ALL = [(name, stage) for name in names() for stage in load(name).stage_names()]
+
+
+@pytest.mark.parametrize(("name", "stage"), ALL)
+def test_trained_part_of_every_recipe_agrees_with_the_counter_within_a_percent(name: str, stage: str) -> None:
+    """At toy size, on real tensors: what masks and crops let through depends on their values."""
+    whole = complete(load(name, "" if name == "demo" else "smoke"))
+    recipe, settings, cost = at_stage(whole, stage), whole.stage(stage), stage_cost(whole, stage)
+    student = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
+    info = describe(student, recipe.student.name, settings.img_size, "student")
+    method, count = create(recipe, settings, 10), settings.micro_batch
+    module = method.build(student, info, describe_teachers(recipe, info)).eval()
+    seen = torch.randn(2, 3, settings.img_size, settings.img_size)
+    views = {view.name: torch.randn(count, 3, view.size, view.size) for view in method.views()}
+    cropped = method.crops()(1, 0, np.arange(count), np.full((count, 2), 2 * settings.img_size))
+    extra = {key: torch.from_numpy(array) for key, array in cropped.extra.items()}
+    batch = method.prepare(Batch(views, torch.arange(count), labels=torch.zeros(count, dtype=torch.int64), extra=extra))
+    once = 2 * _counted(lambda: student(seen[:1])) - _counted(lambda: student(seen[:2]))  # whatever the batch
+    assert cost.student + cost.heads == pytest.approx((_counted(lambda: module(batch)) - once) / count, rel=0.01)
 
 
 def test_unic_costs_what_the_method_notes_say() -> None:
