@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import Train
-from core.engine import Rate
+from core.engine import Fragment, Rate
 from core.methods.base import Batch
 from core.optim import clip_per_parameter
 
@@ -29,6 +29,13 @@ class PlainEngine:
         self.adam, self.taken = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps), 0
         self.accumulation = settings.batch // settings.micro_batch // comm.world
         self.parameters = [p for group in groups for p in group["params"]]
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        self.replicated = True
+
+    def fragments(self) -> list[Fragment]:
+        """All weights, as `core.engine.Engine.fragments` has them."""
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return [Fragment(name, 0, p.numel(), lambda kind, p=p: p.data.view(-1)) for name, p in named]  # type: ignore[misc]
 
     def train(self, on: bool) -> None:
         self.module.train(on)

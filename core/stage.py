@@ -137,6 +137,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     check_world(settings, comm.world)
     info = describe_student(recipe.student, settings.img_size)
     method = create(recipe, settings, steps)
+    method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
     infos = describe_teachers(recipe, info)
     method.check(info, infos)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.data.box_blur import box_blur, box_taps
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SOLARISE_THRESHOLD = 0.5
@@ -27,6 +29,8 @@ class Colour:
     jit (B,) bool: jitter at all.  order (B, 4): operations 0 brightness, 1 contrast, 2 saturation, 3 hue, first to
     last; -1 nothing.  factors (B, 4): factor of operation k (hue: shift in turns).  gray (B,) bool.
     sigma (B,): of the blur in pixels, NaN for none.  solarise (B,) bool.  kernel: width of the blur in pixels, odd.
+    box_passes: 0, or how often to apply Pillow's box filter instead; greys are then
+    rounded, as Pillow's are.
     """
 
     jit: NDArray[np.bool_]
@@ -36,6 +40,7 @@ class Colour:
     sigma: NDArray[np.float64]
     solarise: NDArray[np.bool_]
     kernel: int = 9
+    box_passes: int = 0
 
 
 def apply_colour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
@@ -52,14 +57,16 @@ def apply_colour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
     edges = np.cumsum([len(samples) for samples in picks])[:-1].tolist()
     *jitter, gray, blur, solarise = _to_device(np.concatenate(picks), device).tensor_split(edges)
     factors = _to_device(np.nan_to_num(colour.factors), device).unbind(1)
-    taps = _to_device(_gaussian(colour.sigma[blurred], colour.kernel), device)
+    sigma, passes = colour.sigma[blurred], colour.box_passes
+    taps = _to_device(box_taps(sigma, passes) if passes else _gaussian(sigma, colour.kernel), device)
 
     for k, samples in enumerate(jitter):
         op = k % len(JITTER)
         images = _on(images, samples, partial(JITTER[op], factors=factors[op].index_select(0, samples)))
-    images = _on(images, gray, lambda x: _luma(x).to(torch.uint8).expand_as(x))
+    rounding = 0.5 if colour.box_passes else 0.0
+    images = _on(images, gray, lambda x: (_luma(x) + rounding).to(torch.uint8).expand_as(x))
     floats = images.to(torch.float32).mul_(1.0 / 255)
-    floats = _on(floats, blur, lambda x: _blur(x, taps))
+    floats = _on(floats, blur, lambda x: box_blur(x, taps, passes) if passes else _blur(x, taps))
     floats = _on(floats, solarise, lambda x: torch.where(x >= SOLARISE_THRESHOLD, 1.0 - x, x))
     return _normalize_(floats)
 

@@ -30,7 +30,9 @@ class View:
 
     size: pixels.  scale: share of the area.  ratio: width / height.  flip, jitter, gray, blur, solarise: probabilities.
     brightness, contrast, saturation: factors in [1 - x, 1 + x].  hue: shift in turns, [-x, x].  blur_sigma: pixels.
-    resize: pixels of the short side before the crop, 0 = as it is.  interpolation: bicubic or bilinear.
+    box_passes: above 0, the blur is Pillow's, of that many box filters.  calm: share of samples that are never
+    solarised, and their own probability of a blur.  resize: pixels of the short side before the crop, 0 = as it is.
+    interpolation: bicubic or bilinear.
     rand_augment: a policy in timm's notation, applied to the crop.  erase: probability of noise in a box of the image.
     """
 
@@ -49,6 +51,8 @@ class View:
     blur_kernel: int = 9
     blur_sigma: tuple[float, float] = (0.1, 5.0)
     solarise: float = 0.2
+    box_passes: int = 0
+    calm: tuple[float, float] = (0.0, 0.0)
     resize: int = 0
     interpolation: str = "bicubic"
     rand_augment: str = ""
@@ -139,8 +143,9 @@ def shorten(image: torch.Tensor, side: int) -> torch.Tensor:
 
 def draw_colour(view: View, seed: int, epoch: int, samples: Ints, view_index: int) -> Colour:
     """Colour draws of one view for samples (B,)."""
-    draws = uniform(seed, epoch, samples, 2 * view_index + 1, 13).T
-    jit, keys, amounts, (gray, blur, sigma, solarise) = draws[0], draws[1:5], draws[5:9], draws[9:]
+    draws = uniform(seed, epoch, samples, 2 * view_index + 1, 14).T
+    jit, keys, amounts, (gray, blur, sigma, solarise, calm) = draws[0], draws[1:5], draws[5:9], draws[9:]
+    is_calm = calm < view.calm[0]
     reach = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     low = np.append(np.maximum(0.0, 1.0 - reach[:3]), -reach[3])
     high = np.append(1.0 + reach[:3], reach[3])
@@ -150,9 +155,10 @@ def draw_colour(view: View, seed: int, epoch: int, samples: Ints, view_index: in
         order=np.where(reach[order] > 0, order, -1),
         factors=low + (high - low) * amounts.T,
         gray=gray < view.gray,
-        sigma=np.where(blur < view.blur, _between(sigma, *view.blur_sigma), np.nan),
-        solarise=solarise < view.solarise,
+        sigma=np.where(blur < np.where(is_calm, view.calm[1], view.blur), _between(sigma, *view.blur_sigma), np.nan),
+        solarise=(solarise < view.solarise) & ~is_calm,
         kernel=view.blur_kernel,
+        box_passes=view.box_passes,
     )
 
 

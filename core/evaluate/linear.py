@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,6 +23,11 @@ def epoch_lr(epoch: int, lr: float, epochs: int) -> float:
     return 0.5 * lr * (1.0 + math.cos(math.pi * max(epoch - 1, 0) / epochs))
 
 
+def cosine_lr(epoch: int, lr: float, epochs: int) -> float:
+    """Cosine per epoch from the full rate towards 0, as DINO's and UDI's probes have it."""
+    return 0.5 * lr * (1.0 + math.cos(math.pi * epoch / epochs))
+
+
 @dataclass(frozen=True)
 class Classifiers:
     """G linear classifiers trained side by side, and the learning rates (G, epochs) they were trained with."""
@@ -30,6 +35,7 @@ class Classifiers:
     weight: Tensor  # (G, C, D)
     bias: Tensor  # (G, C)
     lr_used: list[list[float]]
+    losses: Tensor  # (G, epochs): mean over the batches of an epoch
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (G, N, C)."""
@@ -61,6 +67,7 @@ def train_linear(
     orders: Sequence[Tensor] | Tensor,
     momentum: float = 0.9,
     batch: int = 1024,
+    schedule: Callable[[int, float, int], float] = epoch_lr,
 ) -> Classifiers:
     """Softmax regression by SGD with momentum for G (lr, weight decay) points at once, which see the same batches.
 
@@ -69,25 +76,29 @@ def train_linear(
 
     Args:
         weight_CD, bias_C: the common start of all points.
+        schedule: (epoch, lr, epochs) -> the rate of that epoch.
     """
     points, epochs = len(lr_G), len(orders)
     weight_GCD = weight_CD.to(x_ND).repeat(points, 1, 1)
     bias_GC = bias_C.to(x_ND).repeat(points, 1)
     speed_GCD, speed_GC = torch.zeros_like(weight_GCD), torch.zeros_like(bias_GC)
     decay_G = torch.tensor(weight_decay_G, dtype=x_ND.dtype, device=x_ND.device)
-    lr_used = [[epoch_lr(epoch, lr, epochs) for epoch in range(epochs)] for lr in lr_G]
+    lr_used = [[schedule(epoch, lr, epochs) for epoch in range(epochs)] for lr in lr_G]
     rates_EG = torch.tensor(lr_used, dtype=x_ND.dtype, device=x_ND.device).T
-    for rate_G, order_N in zip(rates_EG, orders, strict=True):
+    loss_EG = torch.zeros_like(rates_EG)
+    for loss_G, rate_G, order_N in zip(loss_EG, rates_EG, orders, strict=True):
         for index_B in order_N.to(x_ND.device).split(batch):
             x_BD = x_ND[index_B]
             wanted_BC = x_BD.new_zeros(len(x_BD), len(bias_C)).scatter_(1, labels_N[index_B].unsqueeze(1), 1.0)
-            error_BGC = (_logits(x_BD, weight_GCD, bias_GC).softmax(-1) - wanted_BC.unsqueeze(1)) / len(x_BD)
+            log_BGC = _logits(x_BD, weight_GCD, bias_GC).log_softmax(-1)
+            loss_G -= (log_BGC * wanted_BC.unsqueeze(1)).sum((0, 2)) / (len(x_BD) * -(-len(order_N) // batch))
+            error_BGC = (log_BGC.exp() - wanted_BC.unsqueeze(1)) / len(x_BD)
             slope_GCD = (error_BGC.flatten(1).T @ x_BD).view_as(weight_GCD)
             speed_GCD.mul_(momentum).add_(slope_GCD + decay_G.view(-1, 1, 1) * weight_GCD)
             speed_GC.mul_(momentum).add_(error_BGC.sum(0) + decay_G.view(-1, 1) * bias_GC)
             weight_GCD -= rate_G.view(-1, 1, 1) * speed_GCD
             bias_GC -= rate_G.view(-1, 1) * speed_GC
-    return Classifiers(weight_GCD, bias_GC, lr_used)
+    return Classifiers(weight_GCD, bias_GC, lr_used, loss_EG.T)
 
 
 def shuffled_classes(labels_N: Tensor, generator: torch.Generator) -> dict[int, Tensor]:

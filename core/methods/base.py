@@ -80,6 +80,7 @@ class Method(ABC):
     needs_labels: ClassVar[bool] = False
     couples_batch: ClassVar[bool] = False  # the loss is one of the whole global batch: see core.coupled
     teacher_view: ClassVar[str] = "image"  # the view that teachers see
+    epoch_steps: int = 1  # optimiser steps of one pass over the data; set by the stage
 
     def __init__(self, options: Any, settings: Train, steps: int) -> None:
         self.options, self.settings, self.steps = options, settings, steps

@@ -24,14 +24,14 @@ def init_student(model: nn.Module, bound: float = STD) -> bool:
     if isinstance(model, Beit):
         _draw(model.modules(), bound)
         _normal(model.cls_token, bound)
-        _rescale([*model.blocks])
+        rescale_branches([*model.blocks])
     elif isinstance(model, SwinTransformerV2):
         _draw(model.modules(), 2.0)
         blocks = [module for module in model.modules() if isinstance(module, SwinTransformerV2Block)]
         for block in blocks:
             nn.init.constant_(block.get_parameter("norm1.weight"), POST_NORM)
             nn.init.constant_(block.get_parameter("norm2.weight"), POST_NORM)
-        _rescale(blocks)
+        rescale_branches(blocks)
     else:
         return False
     return True
@@ -57,7 +57,7 @@ def _normal(tensor: Tensor, bound: float) -> None:
     nn.init.trunc_normal_(tensor, std=STD, a=-bound, b=bound)
 
 
-def _rescale(blocks: Sequence[nn.Module]) -> None:
+def rescale_branches(blocks: Sequence[nn.Module]) -> None:
     """Residual branches of block i (from 1, over all stages) end in weights divided by sqrt(2 i)."""
     for number, block in enumerate(blocks, start=1):
         for weight in (block.get_parameter("attn.proj.weight"), block.get_parameter("mlp.fc2.weight")):

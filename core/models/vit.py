@@ -28,7 +28,7 @@ def resize_pos_embed(
     offset: float | None = RELEASED_OFFSET,
     antialias: bool = False,
 ) -> Tensor:
-    """Bicubic resampling of a position table to another grid, in float32.
+    """Bicubic resampling of a position table to another grid, in float32 or wider.
 
     Args:
         table_1ND: (1, num_prefix + h*w, D); the first `num_prefix` rows belong to tokens without a place and stay.
@@ -40,7 +40,7 @@ def resize_pos_embed(
         (1, num_prefix + grid rows * columns, D) in the table's dtype.
     """
     prefix, places = table_1ND[:, :num_prefix], table_1ND[:, num_prefix:]
-    image = places.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    image = places.to(torch.promote_types(places.dtype, torch.float32)).reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if offset is None:
         image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     else:
@@ -169,7 +169,11 @@ class DropPath(nn.Module):
 
     def draw(self, batch: int, device: torch.device) -> Tensor:
         """One factor per sample (B,), float64, drawn on the device without a host synchronisation."""
-        u_B = torch.rand(batch, device=device)
+        return self.factors(torch.rand(batch, device=device))
+
+    def factors(self, u_B: Tensor) -> Tensor:
+        """The factors (B,) that uniform draws (B,) stand for."""
+        batch = len(u_B)
         if self.rule == "subset":
             kept = max(int(batch * (1.0 - self.rate)), 1)
             return (u_B.argsort() < kept).double() * (batch / kept)

@@ -1,0 +1,265 @@
+"""Units of the UDI cases: crops, networks, loss, schedules. Whole steps and evaluation live beside this package."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.data import udi_geometry as geometry
+from core.data.udi_crops import Linking
+from core.losses_udi import LEVELS, combine, udi_loss, warmup_temperature
+from core.models.srs import SampledAttention, dense_maps
+from core.models.udi_heads import Centre, ProjectionHead
+from core.schedules import warmup_cosine
+from tests.golden.networks import tensor
+from tests.golden.runner import Case, Check, Unit
+
+Checks = Iterator[Check]
+
+
+def entries(case: Case) -> list[str]:
+    """Prefixes cK_ of a case's numbered parts."""
+    return [
+        f"c{k}_" for k in sorted({int(key[1:].split("_")[0]) for key in case if key[0] == "c" and key[1].isdigit()})
+    ]
+
+
+# ---- crops
+
+
+def crop_params(case: Case) -> Checks:
+    attempts, sizes = case["attempts"], case["size_hw"]
+    ratio = (float(case["ratio"][0]), float(case["ratio"][1]))
+    shape, fitted = geometry.fitting_boxes(attempts[..., 0], attempts[..., 1], sizes, ratio)
+    place = np.where(fitted[:, None], case["ij_draw"], (sizes - shape) // 2)
+    boxes = np.concatenate([place, shape], axis=1)
+    yield "fitted", fitted, case["ij_draw"][:, 0] >= 0, 0.0
+    if "ref" in case:
+        boxes = geometry.pull(boxes, case["ref"], sizes, released_slip=True)
+    yield "box_ijhw", boxes, case["box_ijhw"], 0.0
+    yield "coord", geometry.corners(boxes, sizes), case["coord"], 1e-6
+
+
+def crop_union_quirk(case: Case) -> Checks:
+    yield "out", geometry.reference(case["a"], case["b"]), case["out"], 0.0
+    yield "unflip_a", geometry.upright(case["a"]), case["unflip_a"], 0.0
+
+
+def srs_mask(case: Case) -> Checks:
+    for c in entries(case):
+        grid, window = (int(v) for v in case[f"{c}cfg"])
+        tokens = geometry.stratified(case[f"{c}sel"][None], np.array([float(case[f"{c}corner_u"])]), grid, window)
+        mask = np.zeros(grid * grid, bool)
+        mask[tokens[0]] = True
+        yield f"{c}mask", mask, case[f"{c}mask"].reshape(-1), 0.0
+
+
+def densified(found: geometry.Matches, grid: int, target_grid: int) -> tuple[Tensor, Tensor]:
+    """Source and target maps (B, s, tokens)."""
+    index, valid = torch.from_numpy(found.source)[..., None], torch.from_numpy(found.valid)[..., None]
+    target = dense_maps(torch.from_numpy(found.target), torch.from_numpy(found.weight), target_grid**2)
+    return dense_maps(index, valid, grid**2), target
+
+
+def create_map(case: Case) -> Checks:
+    for c in entries(case):
+        grid = int(case["grid_local" if bool(case[f"{c}local"]) else "grid_global"])
+        tokens = np.flatnonzero(case[f"{c}mask"])[None]
+        found = geometry.match(case[f"{c}src"][None], case[f"{c}tgt"][None], tokens, grid, int(case["grid_global"]))
+        source, target = densified(found, grid, int(case["grid_global"]))
+        yield f"{c}src_map", source[0], case[f"{c}src_map"], 2e-5
+        yield f"{c}tgt_map", target[0], case[f"{c}tgt_map"], 2e-5
+
+
+def views_geometry(case: Case) -> Checks:
+    boxes, flips, count = case["boxes_ijhw"], case["flip_vh"], int(case["n_local"])
+    sizes = np.tile(case["size_hw"], (len(boxes), 1))
+    edges = geometry.corners(boxes, sizes, flips)
+    yield "coords", edges, case["coords"], 2e-5
+    yield "ref_local", geometry.reference(edges[:1], edges[1:2])[0], case["ref_local"], 2e-5
+    grid, local_grid = (int(case[f"{name}_size"]) // int(case["patch"]) for name in ("global", "local"))
+    tokens, local_tokens = (np.flatnonzero(case[f"sample_{name}"])[None] for name in ("global", "local"))
+    sampled = [geometry.windows(g, int(case[f"win_{w}"])) ** 2 for g, w in ((grid, "g"), (local_grid, "l"))]
+    yield "samples", [tokens.shape[1], local_tokens.shape[1]], sampled, 0.0
+    link = Linking(grid, local_grid)
+    large = [densified(found, grid, grid) for found in link.large(edges[:1], edges[1:2], tokens)]
+    yield "src_maps_global", torch.cat([source for source, _ in large]), case["src_maps_global"], 2e-5
+    yield "tgt_maps_global", torch.cat([target for _, target in large]), case["tgt_maps_global"], 2e-5
+    small = [
+        [densified(found, local_grid, grid) for found in link.small(edge[None], edges[:1], edges[1:2], local_tokens)]
+        for edge in edges[2 : 2 + count]
+    ]
+    sources = [pair[way][0] for way in (0, 1) for pair in small]  # upstream: all of one way, then all of the other
+    yield "src_maps_local", torch.cat(sources), case["src_maps_local"], 2e-5
+    yield "tgt_maps_local", torch.cat([target for pair in small for _, target in pair]), case["tgt_maps_local"], 2e-5
+
+
+# ---- networks
+
+
+def srs_attention(case: Case) -> Checks:
+    x, maps = tensor(case["x"]).requires_grad_(), tensor(case["map"])
+    attention = SampledAttention(x.shape[-1], int(case["num_heads"]), bool(case["skip_connection"])).double()
+    attention.load_state_dict({name: tensor(array) for name, array in case.below("param/").items()}, strict=True)
+    several, count = maps.shape[0], maps.shape[2]
+    flat = maps.transpose(0, 1).flatten(1, 2)  # (B, m s, N)
+    out = attention(x, flat).unflatten(1, (several, count)).transpose(0, 1)
+    (out * tensor(case["loss_weight"])).sum().backward()
+    yield "out", out, case["out"], 1e-8
+    seen = attention.attention(x, flat).unflatten(2, (several, count)).permute(2, 0, 1, 3, 4)
+    yield "attn", seen, case["attn"], 1e-8
+    yield "grad_x", x.grad, case["grad_x"], 1e-8
+    for name, parameter in attention.named_parameters():
+        yield f"grad/{name}", parameter.grad, case[f"grad/{name}"], 1e-8
+
+
+def head(case: Case) -> Checks:
+    params = {name: tensor(array) for name, array in case.below("param/").items()}
+    hidden, dim = params["mlp.0.weight"].shape
+    out, bottleneck = params["last_layer.weight_v"].shape
+    module = ProjectionHead(dim, hidden, bottleneck, out, not bool(case["norm_last_layer"])).double()
+    module.load_state_dict(params, strict=True)
+    x = tensor(case["x"]).requires_grad_()
+    y = module(x)
+    (y * tensor(case["loss_weight"])).sum().backward()
+    yield "y", y, case["y"], 1e-8
+    yield "grad_x", x.grad, case["grad_x"], 1e-8
+    for name, parameter in module.named_parameters():
+        yield f"requires_grad/{name}", parameter.requires_grad, case[f"requires_grad/{name}"], 0.0
+        if f"grad/{name}" in case:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield f"grad/{name}", grad, case[f"grad/{name}"], 1e-8
+
+
+# ---- loss
+
+
+def loss(case: Case) -> Checks:
+    centre = _centre(case)
+    count, batch = int(case["n_local"]), int(case["batch"])
+    mixed, patch = int(case["num_cls"]) > 1, bool(case["include_patch"])
+    levels = [level for level in LEVELS if level == "cls" or (mixed if level == "mixed" else patch)]
+    for step in range(int(case["steps"])):
+        at = f"s{step}/"
+        given = {key: tensor(case[key]).requires_grad_() for key in case
+                 if key.startswith(f"{at}student_") and not key.endswith("mask")}  # fmt: skip
+        student = {}
+        for i, level in enumerate(levels):
+            rows = given[f"{at}student_g{i}"]
+            student[level] = rows.unflatten(1, (2, batch))[0] if level == "patch" else rows.view(2, batch, -1)
+            if f"{at}student_l{i}" in given:
+                student[f"local_{level}"] = given[f"{at}student_l{i}"].view(count, batch, -1)
+        index = len(levels) - 1
+        rows = _teacher(case, at, f"g{index}", f"l{index}", "teacher_mask_", patch, mixed)
+        valid = tensor(case[f"{at}student_mask"]).view(2, batch, -1) if patch else None
+        value, parts = udi_loss(student, rows, valid, centre.center, temperature=float(case["temp"]),
+                                student_temperature=float(case["student_temp"]), weights=case["weights"])  # fmt: skip
+        value.backward()
+        yield f"{at}loss", value, case[f"{at}loss"], 1e-6
+        names = {"cls": "cl", "mixed": "mcl", "patch": "pch"}
+        for kind in ("global", "local"):
+            own = [float(parts.get(f"{kind[0]}_{names[level]}", -1.0)) for level in levels]
+            yield f"{at}parts_{kind}", own, case[f"{at}parts_{kind}"], 1e-6
+        for key, leaf in given.items():
+            name = f"{at}grad_{key.removeprefix(f'{at}student_')}"
+            if name in case:
+                yield name, leaf.grad, case[name], 1e-6
+        centre.update(rows["means"][None], float(case["center_momentum"]))
+        yield f"{at}center", centre.center.clone(), case[f"{at}center"], 1e-6
+
+
+def _centre(case: Case) -> Centre:
+    start = tensor(case["center_init"])
+    centre = Centre(*start.shape).double()
+    centre.center.copy_(start)
+    return centre
+
+
+def _teacher(
+    case: Case, at: str, patch_name: str, local_name: str, masks: str, patch: bool, mixed: bool
+) -> dict[str, Tensor]:
+    """Logits of the teacher: the last layer is linear, so they may be combined like bottlenecks."""
+    batch, count = int(case["batch"]), int(case["n_local"])
+    cls = tensor(case[f"{at}teacher_g0"]).view(2, batch, -1)
+    if not patch:
+        return combine(cls, None, None, None, None, float(case.get("alpha", 0.0)))
+    positions = tensor(case[f"{at}teacher_{patch_name}"])[0].unflatten(0, (2, batch))
+    weight = tensor(case[f"{at}{masks}g"]).view(2, batch, -1)
+    if not count:
+        return combine(cls, positions, None, weight, None, float(case["alpha"]), mixed)
+    local = tensor(case[f"{at}teacher_{local_name}"]).unflatten(1, (2, batch))
+    w_local = tensor(case[f"{at}{masks}l"]).view(count, 2, batch, -1)
+    return combine(cls, positions, local, weight, w_local, float(case["alpha"]), mixed)
+
+
+def center_2rank(case: Case) -> Checks:
+    centre = _centre(case)
+    world = int(case["world"])
+    means = [_teacher(case, f"r{rank}/", "g2", "l2", "mask_", True, True)["means"] for rank in range(world)]
+    centre.update(torch.stack(means), float(case["center_momentum"]))
+    yield "center", centre.center, case["center"], 1e-6
+
+
+# ---- schedules
+
+
+def schedules(case: Case) -> Checks:
+    hp = {name: float(value) for name, value in case.below("hp_").items()}
+    steps = int(hp["epochs"] * hp["niter"])
+    curves = {
+        "lr": (hp["lr"] * hp["global_batch"] / 256, hp["min_lr"], int(hp["warmup_epochs"] * hp["niter"])),
+        "wd": (hp["wd"], hp["wd_end"], 0),
+        "momentum": (hp["momentum"], 1.0, 0),
+    }
+    for name, (base, final, warmup) in curves.items():
+        curve = [warmup_cosine(i, base=base, final=final, steps=steps, warmup=warmup) for i in range(steps)]
+        yield name, curve, case[name], 1e-10
+    span = hp["warmup_temp"], hp["temp"], int(hp["warmup_temp_epochs"])
+    yield "temp", [warmup_temperature(epoch, *span) for epoch in range(int(hp["epochs"]))], case["temp"], 1e-10
+
+
+def schedules_finetune(case: Case) -> Checks:
+    for name in sorted(key.removesuffix("_args") for key in case if key.endswith("_args")):
+        base, final, epochs, per_epoch, warmup_epochs, warmup_steps = (float(v) for v in case[f"{name}_args"])
+        steps = int(epochs * per_epoch)
+        warmup = int(warmup_steps if warmup_steps > 0 else warmup_epochs * per_epoch)
+        curve = [warmup_cosine(i, base=base, final=final, steps=steps, warmup=warmup) for i in range(steps)]
+        yield name, curve, case[name], 1e-10
+
+
+def elsewhere(module: str, name: str) -> Unit:
+    """A unit of another module, imported when a case needs it."""
+    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
+
+
+UNITS: dict[str, Unit] = {
+    "crop_params": crop_params,
+    "crop_ref": crop_params,
+    "crop_union": crop_union_quirk,
+    "srs_mask": srs_mask,
+    "srs_attention": srs_attention,
+    "create_map": create_map,
+    "views_geometry": views_geometry,
+    "head": head,
+    "loss": loss,
+    "center": center_2rank,
+    "schedules": schedules,
+    "schedules_finetune": schedules_finetune,
+} | {
+    name: elsewhere("udi_more", unit)
+    for name, unit in {
+        "vit_wrapper": "vit_wrapper", "pos_interp": "pos_interp", "drop_path": "drop_path",
+        "param_groups": "param_groups", "clip": "clip_per_param", "lars": "lars", "pixels": "pixels", "knn": "knn",
+        "linear_probe": "linear_probe", "layer_decay": "layer_decay_ft", "attention_mask": "attention_mask",
+        "davis": "davis_propagation",
+    }.items()
+} | {"train_step": elsewhere("udi_steps", "train_step")}  # fmt: skip
+
+
+def claims(case: Case) -> bool:
+    """UDI's arrays have plain names or names below a slash."""
+    return case.path.suffix == ".npz" and not any("." in key.split("/")[0] for key in case)
