@@ -51,12 +51,16 @@ def masked_samples(batch: int, probability: float) -> int:
     return int(batch * probability)
 
 
-def ratio_bins(samples: int, ratio: Sequence[float]) -> NDArray[np.float64]:
-    """Edges (samples + 1,) of equal bins of the range of ratios: sample i draws its ratio from bin i."""
-    return np.linspace(ratio[0], ratio[-1], samples + 1)
+def ratio_bins(samples: int, ratio: Sequence[float]) -> NDArray[np.float32]:
+    """Edges (samples + 1,) of equal bins of the range of ratios: sample i draws its ratio from bin i.
+
+    In float32 as released, which decides the count where an edge times the patches is a whole number.
+    """
+    edges: NDArray[np.float32] = torch.linspace(ratio[0], ratio[-1], samples + 1, dtype=torch.float32).numpy()
+    return edges
 
 
-def mask_counts(samples: int, tokens: int, ratio: Sequence[float], u_n: NDArray[np.float64] | None = None) -> Ints:
+def mask_counts(samples: int, tokens: int, ratio: Sequence[float], u_n: NDArray[np.floating] | None = None) -> Ints:
     """Masked patches of each masked sample (samples,).
 
     u_n: ratios drawn for a range, one from each of `ratio_bins`; not looked at for a single ratio.

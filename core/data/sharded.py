@@ -29,14 +29,14 @@ def sharded_passes(
 ) -> Iterator[Ints]:
     """A rank's passes from number `start` on: every `world`-th entry of one permutation, shuffled again in each.
 
-    Each pass has a seed of its own (seed + rank * 2**24 + pass), so that passes can be skipped. What is left over when
+    Each pass has a seed of its own (seed + rank + pass * 2**24), so that passes can be skipped. What is left over when
     samples are shared out is dropped. fresh: the later release's shuffle, one permutation a pass.
     """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).numpy()
     own = order[rank::world][: samples // world]
     number = start
     while True:
-        generator = torch.Generator().manual_seed(seed + (rank << 24) + number)
+        generator = torch.Generator().manual_seed(seed + rank + (number << 24))
         if fresh:
             yield own[torch.randperm(len(own), generator=generator, dtype=torch.int32).numpy()]
         else:

@@ -36,19 +36,36 @@ def knn(
     Returns:
         for each k: top-1 and top-5 accuracy in percent, and predicted classes (M,).
     """
+    votes = knn_votes(train_ND, train_labels_N, test_MD, k, temperature, num_classes=num_classes, chunk=chunk)
+    return {count: _accuracies(_ranked(votes_MC), test_labels_M) for count, votes_MC in votes.items()}
+
+
+def knn_votes(
+    train_ND: Tensor,
+    train_labels_N: Tensor,
+    test_MD: Tensor,
+    k: Sequence[int],
+    temperature: float = 0.07,
+    *,
+    num_classes: int,
+    chunk: int = 256,
+) -> dict[int, Tensor]:
+    """Votes (M, C) for every k. They sum to one for the largest k alone: weights are a softmax over its neighbours."""
     train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
     most = min(max(k), len(train_ND))
-    ranked: dict[int, list[Tensor]] = {count: [] for count in k}
+    found: dict[int, list[Tensor]] = {count: [] for count in k}
     for rows_bD in torch.split(test_MD, chunk):
         similarity_bK, index_bK = (rows_bD @ train_ND.T).topk(most, dim=1)
-        # Relative to the nearest neighbour, which leaves the order of votes alone and keeps exp in range.
-        weight_bK = ((similarity_bK - similarity_bK[:, :1]) / temperature).exp()
+        weight_bK = (similarity_bK / temperature).softmax(1)
         voted_bK = train_labels_N[index_bK]
         for count in k:
             votes_bC = weight_bK.new_zeros(len(rows_bD), num_classes)
-            votes_bC.scatter_add_(1, voted_bK[:, :count], weight_bK[:, :count])
-            ranked[count].append(votes_bC.sort(dim=1, descending=True, stable=True).indices[:, :5])
-    return {count: _accuracies(torch.cat(parts), test_labels_M) for count, parts in ranked.items()}
+            found[count].append(votes_bC.scatter_add_(1, voted_bK[:, :count], weight_bK[:, :count]))
+    return {count: torch.cat(parts) for count, parts in found.items()}
+
+
+def _ranked(votes_MC: Tensor) -> Tensor:
+    return votes_MC.sort(dim=1, descending=True, stable=True).indices[:, :5]
 
 
 def _accuracies(ranked_M5: Tensor, labels_M: Tensor) -> tuple[float, float, Tensor]:

@@ -1,0 +1,112 @@
+"""Whole Proteus steps: float64 through `core.plain` (the runner), float32 through `core.engine` at every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.comm import Comm
+from core.config import Train
+from core.engine import Engine
+from core.methods.proteus import Proteus
+from core.models.adapters import MaskedStudent
+from core.optim import average_
+from core.plain import PlainEngine
+from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
+from tests.golden.runner import Check
+from tests.golden.scale import relative
+from tests.golden.towers import features_of, layout_of, tower
+from tests.ranks import run_ranks
+
+Arrays = dict[str, Any]
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}  # of whole steps, from the folder's README
+
+
+def train_steps(case: Mapping[str, Any], stage: int | None = None, world: int = 1) -> Iterator[Check]:
+    """stage: None for plain float64, else the ZeRO stage on `world` ranks."""
+    arrays = {key: case[key] for key in case}
+    dtype = torch.float64 if stage is None else torch.float32
+    got = run_steps(arrays, None) if stage is None else run_ranks(run_steps, world, arrays, stage)[0]
+    tol = TOLERANCES[dtype]
+    yield relative("o/losses", got["losses"], arrays["o/losses"], tol)
+    for group, prefix in (("w", ""), ("ema", "student.backbone.")):
+        recorded = {f"{prefix}{key}": value for key, value in tensors(arrays, f"{group}/").items()}
+        for name, want in in_product(recorded).items():
+            keep = slice(None) if stage is None else reproducible(name, want)
+            yield relative(f"{group}/{name}", got[group][name][keep], want[keep], tol)
+
+
+def reproducible(name: str, value: Tensor) -> slice | list[int]:
+    """Entries that float32 can reproduce: a bias on the keys has gradient zero and in float32 rounding noise, which
+    Adam normalises to steps of full size."""
+    third = len(value) // 3
+    return [*range(third), *range(2 * third, len(value))] if name.endswith("attn.qkv.bias") else slice(None)
+
+
+def micro_batches(case: Arrays, count: int) -> list[list[list[int]]]:
+    """By step, rows of `count` micro-batches with equally many masked patches: their mean is the whole batch's loss."""
+    out = []
+    for step in range(int(case["nsteps"])):
+        masked = case[f"masks_{step}"].sum(1)
+        rows = np.argsort(-masked, kind="stable")
+        parts = [sorted(rows[i::count].tolist()) for i in range(count)]
+        assert len({int(masked[part].sum()) for part in parts}) == 1, "the masks cannot be shared out equally"
+        out.append(parts)
+    return out
+
+
+def run_steps(case: Arrays, stage: int | None) -> dict[str, Any]:
+    """One rank: all steps of the case at a ZeRO stage, or (None) in plain float64."""
+    comm = Comm(torch.device("cpu"))
+    method, module, engine = _engine(case, stage, comm)
+    dtype = torch.float64 if stage is None else torch.float32
+    state = {k.removeprefix("teacher.backbone."): v for k, v in tensors(case, "p/").items()
+             if k.startswith("teacher.backbone.")}  # fmt: skip
+    teacher = tower(state, int(case["teacher_heads"])).to(dtype)
+    average = {name: p.detach().clone() for name, p in module.named_parameters() if not name.startswith("heads.")}
+    losses: list[Tensor] = []
+    for step, parts in enumerate(micro_batches(case, comm.world)):
+        batch = batch_of(case[f"images_{step}"], case[f"masks_{step}"], parts[comm.rank])
+        batch.views["image"] = batch.views["image"].to(dtype)
+        features = {TEACHER: features_of(teacher, batch.views["image"], normed=layout_of(state) != "clip")}
+        loss, report = method.losses(engine.forward(batch), method.targets(features, batch), batch)
+        engine.backward(loss)
+        engine.step(_rate(float(case["lrs"][step])))
+        terms = [report.get(f"loss/{kind}_{TEACHER}", torch.zeros(())) for kind in ("patch", "token", "feature")]
+        losses.append(comm.mean(torch.stack([loss.detach().to(dtype), *(t.to(dtype) for t in terms)])))
+        average_(average, _weights(engine, comm), float(case["ema_decay"]))
+    return {"losses": torch.stack(losses), "w": _weights(engine, comm), "ema": average}
+
+
+def _rate(lr: float) -> Any:
+    return lambda scale: lr * scale
+
+
+def _engine(case: Arrays, stage: int | None, comm: Comm) -> tuple[Proteus, MaskedStudent, Engine | PlainEngine]:
+    count = len(case["images_0"])
+    betas = tuple(float(b) for b in case["betas"])
+    settings = Train(batch=count, micro_batch=count // comm.world, weight_decay=float(case["weight_decay"]), betas=betas,
+                     eps=float(case["eps"]), clip=max(0.0, float(case["clip_grad"])), precision="fp32")  # fmt: skip
+    method, module = build(case, settings, int(case["nsteps"]))
+    module = module.to(torch.float64 if stage is None else torch.float32)
+    groups, clip = method.param_groups(module), method.per_parameter_clip
+    if stage is None:
+        return method, module, PlainEngine(module, groups, settings, comm, clip)
+    engine = Engine(module, groups, settings, zero_stage=stage, world=comm.world, per_parameter_clip=clip,
+                    device=comm.device)  # fmt: skip
+    engine.train(True)
+    return method, module, engine
+
+
+def _weights(engine: Engine | PlainEngine, comm: Comm) -> dict[str, Tensor]:
+    """Every parameter, put together from all ranks' fragments."""
+    if isinstance(engine, PlainEngine):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    full = {name: torch.zeros(shape).flatten() for name, shape in engine.shapes.items()}
+    for f in engine.fragments():
+        full[f.name][f.start : f.start + f.numel] = f.view("weight") / (comm.world if engine.replicated else 1)
+    return {n: comm.sum(t).view(engine.shapes[n]) for n, t in full.items()} | engine.frozen

@@ -1,0 +1,16 @@
+"""Deviations relative to the largest magnitude of an array, as some folders state their tolerances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.golden.runner import Check, _array
+
+
+def relative(name: str, got: Any, want: Any, tolerance: float) -> Check:
+    """Both sides over max |want|."""
+    got, want = _array(got), _array(want)
+    top = float(np.abs(want).max(initial=0.0)) or 1.0
+    return name, got / top, want / top, tolerance

@@ -1,0 +1,309 @@
+"""Units of the Proteus cases: towers, objective, masks, samplers, groups and schedules of the method."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.comm import Comm
+from core.config import Teacher, Train
+from core.data.masks import mask_counts, masked_samples, most_masked, place_masks, ratio_bins, round_to_half
+from core.data.repeated import released_repeats
+from core.data.sharded import sharded_indices
+from core.methods.base import Batch, Info
+from core.methods.proteus import Proteus, ProteusOptions, proteus_loss
+from core.models import vit as vits
+from core.models.adapters import KINDS, MaskedStudent
+from core.models.teachers import FrozenTeacher
+from core.models.weights import to_timm
+from core.optim import average_
+from core.plain import PlainEngine
+from core.schedules import late_epoch, unshifted_cosine
+from tests.golden import proteus_evaluation as evaluation
+from tests.golden.networks import tensor
+from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
+from tests.golden.proteus_steps import train_steps
+from tests.golden.runner import Case, Check, Unit
+from tests.golden.scale import relative
+from tests.golden.towers import features_of, info_of, layout_of, tower
+
+Checks = Iterator[Check]
+LOSSES = {"token": "token_loss", "feature": "fea_loss", "patch": "patch_loss"}
+
+
+# -- towers ---------------------------------------------------------------------------------------------------------
+
+
+def backbone(case: Case) -> Checks:
+    state = tensors(dict(case), "p/")
+    model, x = tower(state, int(case["heads"])).eval(), tensor(case["x"])
+    clip = layout_of(state) == "clip"
+    with torch.no_grad():
+        taps = vits.forward_taps(model, x)
+        normed = [model.norm(tap) for tap in taps[1:]]
+    prefix = model.num_prefix_tokens
+    tol = 5e-6 if clip else 1e-9 if "mask" in case else 2e-6
+    yield relative("cls", normed[-1][:, 0], case["cls"], tol)
+    yield relative("patch_tokens", (taps if clip else normed)[-1][:, prefix:], case["patch_tokens"], tol)
+    if "prenorm" in case:
+        yield relative("prenorm", taps[-1], case["prenorm"], tol)
+    count = sum(key.startswith("inter_cls_") for key in case)
+    for i, tokens in enumerate(normed[len(normed) - count :]):
+        yield relative(f"inter_cls_{i}", tokens[:, 0], case[f"inter_cls_{i}"], tol)
+        yield relative(f"inter_patchmean_{i}", tokens[:, prefix:].mean(1), case[f"inter_patchmean_{i}"], tol)
+    if "mask" in case:
+        yield from _masked(case, model, state, tol)
+
+
+def _masked(case: Case, model: Any, state: dict[str, Tensor], tol: float) -> Checks:
+    """Every masked token of the whole batch, by asking for all positions of all samples."""
+    marks = case["mask"]
+    student = MaskedStudent(model, model.embed_dim, {}, ("patch",)).double()
+    student.mask_token.data = state["mask_token"].reshape(1, -1)
+    images = tensor(case["x"])
+    extra = {
+        "mask": torch.from_numpy(marks),
+        "mask_rows": torch.arange(len(marks)),
+        "mask_at": torch.arange(marks.size),
+    }
+    with torch.no_grad():
+        patch = student.tokens(Batch({"image": images}, extra=extra))["patch"]
+        x = vits.embed_patches(model, images)
+        hidden = torch.cat([x[0], student.hide(x[0], Batch({}, extra=extra))])
+        out = model.norm(student.run(hidden, x[1]))[len(marks) :, 0]
+    yield relative(
+        "patch_tokens_masked", patch.view(case["patch_tokens_masked"].shape), case["patch_tokens_masked"], tol
+    )
+    yield relative("cls_masked", out, case["cls_masked"], tol)
+
+
+def pos_interp(case: Case) -> Checks:
+    table, side, patch = torch.from_numpy(case["pos_embed"]), int(case["native_grid"]), int(case["patch"])
+    for key in (key for key in case if re.fullmatch(r"out_\d+x\d+", key)):
+        grid = tuple(int(n) // patch for n in key.removeprefix("out_").split("x"))
+        got = table if grid == (side, side) else vits.resize_pos_embed(
+            table, (side, side), grid, table.shape[1] - side * side, float(case["offset"]))  # fmt: skip
+        yield relative(key, got, case[key], 5e-6)
+
+
+# -- objective ------------------------------------------------------------------------------------------------------
+
+
+def loss(case: Case) -> Checks:
+    arrays = {key: case[key] for key in case}
+    method, module = build(arrays, Train())
+    batch = batch_of(arrays["images"], arrays["masks"])
+    clip = "patch" not in module.kinds
+    yield "mask_indices", np.flatnonzero(arrays["masks"]), arrays["mask_indices"], 0.0
+    state = {k.removeprefix("teacher.backbone."): v for k, v in tensors(arrays, "p/teacher.").items()}
+    state = {k.removeprefix("backbone."): v for k, v in state.items()}
+    teacher = tower(state, int(arrays["teacher_heads"]))
+    features = features_of(teacher, batch.views["image"], normed=layout_of(state) != "clip")
+    outputs = module(batch)[TEACHER]
+    targets = method.targets({TEACHER: features}, batch)
+    _, report = method.losses({TEACHER: outputs}, targets, batch)
+    token, feature, patch = (float(weight) for weight in arrays["lambdas"])
+    total, _ = proteus_loss({TEACHER: outputs}, targets, (token, feature, patch))
+    total.backward()
+    tol = 2e-6
+    yield relative("o/teacher_cls", features.cls, arrays["o/teacher_cls"], tol)
+    yield relative("o/teacher_patch", features.patch, arrays["o/teacher_patch"], tol)
+    tokens = module.tokens(batch)
+    student = vits.forward_taps(module.student, batch.views["image"])[-1]
+    normed, prefix = module.student.norm(student), module.student.num_prefix_tokens
+    yield relative("o/student_cls", tokens["token"], arrays["o/student_cls"], tol)
+    if "o/student_patch" in arrays:
+        yield relative("o/student_patch", normed[:, prefix:], arrays["o/student_patch"], tol)
+        own = torch.from_numpy(arrays["masks"])  # rows without a mask do not matter, and the product leaves them out
+        yield relative("o/student_masked_patch", tokens["patch"], arrays["o/student_masked_patch"][own.numpy()], tol)
+    for kind, name in (("patch", "patch_head"), ("token", "token_head"), ("feature", "fea_head")):
+        if f"o/{name}" in arrays:
+            yield relative(f"o/{name}", outputs[kind], arrays[f"o/{name}"], tol)
+    exact = tol if clip else 1e-7
+    yield relative("o/loss", total, arrays["o/loss"], exact)
+    for kind, name in LOSSES.items():
+        got = report.get(f"loss/{kind}_{TEACHER}", torch.zeros(()))
+        yield relative(f"o/{name}", got, arrays[f"o/{name}"], exact)
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+    wanted = in_product(tensors(arrays, "g/"))
+    without = in_product(dict.fromkeys(filter(None, arrays["no_grad_names"]), torch.zeros(1)))
+    yield "names of gradients", sorted(grads.keys() - without.keys()), sorted(wanted), 0.0
+    for name, want in wanted.items():
+        yield relative(f"g/{name}", grads[name], want, tol)
+    reached = [name for name, p in module.named_parameters() if name in without and p.grad is not None]
+    yield "no_grad_names", reached, [], 0.0
+
+
+# -- masks and samplers ---------------------------------------------------------------------------------------------
+
+
+def collate(case: Case) -> Checks:
+    """The draws are those of upstream: numpy's legacy shuffle for places, Python's for ratios and samples."""
+    count, places = int(case["B"]), int(case["grid"]) ** 2
+    ratio, first = [float(r) for r in case["mask_ratio"]], bool(case["mask_first_n"])
+    n = masked_samples(count, float(case["mask_probability"]))
+    edges, python = ratio_bins(n, ratio), random.Random(int(case["python_seed"]))
+    u_n = (
+        np.array([low + (high - low) * np.float32(python.random()) for low, high in pairwise(edges)])
+        if len(ratio) == 2
+        else None
+    )
+    if "u" in case:
+        yield "u", u_n, case["u"], 1e-12
+    counts = mask_counts(n, places, ratio, u_n)
+    numpy_random = np.random.RandomState(int(case["numpy_seed"]))
+    marked = np.zeros((n, places), np.bool_)
+    for row, masked in zip(marked, counts, strict=True):
+        shuffled = np.hstack([np.ones(masked), np.zeros(places - masked)])
+        numpy_random.shuffle(shuffled)
+        row[:] = shuffled > 0
+    order = list(range(count))
+    if not first:
+        python.shuffle(order)
+    got = place_masks(marked, count, None if first else np.array(order))
+    yield "masks", got.masks, case["masks"], 0.0
+    yield "mask_indices", got.index, case["mask_indices"], 0.0
+    yield relative("masks_weight", got.weight, case["masks_weight"], 1e-7)
+    yield "upperbound", most_masked(n, places, ratio), case["upperbound"], 0.0
+    yield "n_masked", [len(got.index)], case["n_masked"], 0.0
+    yield "images_out", round_to_half(torch.from_numpy(case["images_in"])), case["images_out"], 0.0
+    yield "labels_out", case["labels_in"], case["labels_out"], 0.0
+
+
+def ra_sampler(case: Case) -> Checks:
+    length, world, repeats = (int(case[key]) for key in ("dataset_len", "world", "num_repeats"))
+    for (epoch, rank), want in zip(case["epoch_rank"], case["indices"], strict=True):
+        got = released_repeats(length, int(world), int(rank), int(epoch), repeats)
+        yield f"indices of epoch {epoch}, rank {rank}", got.selected, want, 0.0
+        yield "num_samples", got.samples, case["num_samples"], 0.0
+        yield "num_selected", len(got.selected), case["num_selected"], 0.0
+
+
+def sharded_sampler(case: Case) -> Checks:
+    for (rank, advance), want in zip(case["rank_advance"], case["indices"], strict=True):
+        got = sharded_indices(int(case["sample_count"]), int(case["world"]), int(rank), int(case["seed"]),
+                              int(advance), len(want), fresh=bool(case["new_shuffle"]))  # fmt: skip
+        yield f"indices of rank {rank} from {advance}", got, want, 0.0
+
+
+# -- optimisation ---------------------------------------------------------------------------------------------------
+
+
+def param_groups(case: Case) -> Checks:
+    """Names and shapes come from the product's module at the recorded sizes, groups from the method."""
+    shapes = {str(name): _shape(shape) for group in ("no_decay", "decay")
+              for name, shape in zip(case[group], case[f"{group}_shapes"], strict=True)}  # fmt: skip
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    own = {k.removeprefix("student.backbone."): v for k, v in state.items() if k.startswith("student.backbone.")}
+    clip = layout_of(own) == "clip"
+    student = tower(own, 1, load=False)
+    decay = float(case["weight_decay"].max())
+    betas = tuple(float(b) for b in case["betas"])
+    settings = Train(weight_decay=decay, betas=betas, eps=float(case["eps"]), batch=1, micro_batch=1, precision="fp32")
+    kinds = [kind for kind, head in (("token", "token_head"), ("feature", "fea_head"), ("patch", "patch_head"))
+             if f"{head}.1.weight" in state]  # fmt: skip
+    weights = {f"lambda_{kind}": float(kind in kinds) for kind in KINDS}
+    undecayed = ["cls_token"] if clip else []  # a vector in CLIP's own layout
+    method = Proteus(ProteusOptions(undecayed=undecayed, **weights), settings, 1)
+    info = info_of(student, "student", student.patch_embed.img_size[0])
+    teacher = Info(TEACHER, state["token_head.1.weight"].shape[0], 0, 0, info.grid, 1, True, True)
+    module = method.build(student, info, {TEACHER: teacher})
+    engine = PlainEngine(module, method.param_groups(module), settings, Comm(torch.device("cpu")), False)
+    parameters = dict(module.named_parameters())
+    grouped = dict(zip(("decay", "no_decay"), method.param_groups(module), strict=True))
+    for name, group in grouped.items():
+        wanted = in_product({n: state[n] for n in map(str, case[name])})
+        if clip:
+            wanted.pop("mask_token", None)  # never gets a gradient, so the product leaves it out
+        yield name, sorted(group["names"]), sorted(wanted), 0.0
+        shapes = [str(tuple(parameters[n].shape)) for n in wanted], [str(tuple(t.shape)) for t in wanted.values()]
+        yield f"{name}_shapes", *shapes, 0.0
+    by_decay = [group["weight_decay"] for group in engine.adam.param_groups]
+    yield "weight_decay", sorted(by_decay), sorted(case["weight_decay"]), 0.0
+    in_order = [grouped[name]["weight_decay"] for name in ("no_decay", "decay")]
+    yield "order of weight_decay", in_order, case["weight_decay"], 0.0
+    yield "betas", [g["betas"] for g in engine.adam.param_groups], [list(case["betas"])] * 2, 0.0
+    yield "eps", [g["eps"] for g in engine.adam.param_groups], [float(case["eps"])] * 2, 0.0
+    yield "optimizer", type(engine.adam).__name__, str(case["optimizer"]), 0.0
+    yield from _frozen([str(name).removeprefix("teacher.backbone.") for name in case["frozen"]], student, info)
+
+
+def _shape(text: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", str(text)))
+
+
+def _frozen(names: list[str], like: Any, info: Info) -> Checks:
+    """Every recorded teacher parameter is one of the product's frozen teacher, which trains none."""
+    shape = {"cls_token": (1, 1, 1), "pos_embed": (1, 1, 1), "class_embedding": (1,), "positional_embedding": (1, 1)}
+    state = {name: torch.empty(shape.get(name, (1,))) for name in names}
+    known = to_timm(state, layout_of(state))
+    depth = len({key.split(".")[1] for key in known if key.startswith("blocks.")})
+    parts = {re.sub(r"^blocks\.\d+", "blocks.0", name) for name in known}
+    teacher = FrozenTeacher(Teacher("teacher"), like, info, info)
+    own = {n.removeprefix("model."): p.requires_grad for n, p in teacher.named_parameters()}
+    yield "frozen", sorted({re.sub(r"^blocks\.\d+", "blocks.0", name) for name in own}), sorted(parts), 0.0
+    yield "depth of the teacher", len(known), len({n for n in own if not re.match(r"blocks\.(?!0\.)", n)}) + (
+        depth - 1) * sum(n.startswith("blocks.0.") for n in own), 0.0  # fmt: skip
+    yield "gradients of the teacher", any(own.values()), False, 0.0
+
+
+def lr_schedule(case: Case) -> Checks:
+    epochs, batch = int(case["epochs"]), int(case["world"]) * int(case["batch_per_gpu"])
+    settings = Train(epochs=epochs, warmup_steps=int(case["warmup_epochs"]), lr=float(case["base_lr"]), lr_batch=512,
+                     min_lr=float(case["min_lr"]), batch=batch, micro_batch=batch)  # fmt: skip
+    warmup_lr = float(case["warmup_lr"])
+    method = Proteus(ProteusOptions(warmup_lr=warmup_lr), settings, epochs)  # one step an epoch
+    scaled = settings.lr * settings.batch / settings.lr_batch
+    yield relative("scaled_lr", scaled, case["scaled_lr"], 1e-12)
+    yield relative("lr_used", [method.schedules(epoch)["lr"] for epoch in range(epochs)], case["lr_used"], 1e-12)
+    resumed = int(case["resume_at"])
+    curve = {"base": scaled, "final": settings.min_lr, "start": warmup_lr, "steps": epochs}
+    after = [unshifted_cosine(late_epoch(epoch, resumed), warmup=settings.warmup_steps, **curve)
+             for epoch in range(resumed, epochs)]  # fmt: skip
+    yield relative("lr_used_after_resume", after, case["lr_used_after_resume"], 1e-12)
+
+
+def ema(case: Case) -> Checks:
+    average = {name: torch.from_numpy(np.array(value)) for name, value in case.below("init/").items()}
+    for step in range(int(case["n"])):
+        values = {name: torch.from_numpy(np.array(value)) for name, value in case.below(f"step{step}/").items()}
+        average_(average, values, float(case["decay"]))
+    for name, want in case.below("ema/").items():
+        yield relative(f"ema/{name}", average[name], want, 1e-12)
+
+
+UNITS: dict[str, Unit] = {
+    "backbone": backbone,
+    "pos_interp": pos_interp,
+    "loss": loss,
+    "collate": collate,
+    "ra_sampler": ra_sampler,
+    "sharded_sampler": sharded_sampler,
+    "param_groups": param_groups,
+    "lr_schedule": lr_schedule,
+    "ema": ema,
+    "train_steps": train_steps,
+    **evaluation.UNITS,
+}
+
+
+def claims(case: Case) -> bool:
+    """Names without dots, but with one of these."""
+    known: tuple[Callable[[str], bool], ...] = (
+        lambda key: key.startswith(("p/", "init/", "step0/")),
+        lambda key: key in KNOWN,
+    )
+    return any(test(key) for key in case for test in known)
+
+
+KNOWN = {
+    "pos_embed", "upperbound", "dataset_len", "sample_count", "no_decay", "lr_used", "ab", "base_wd", "warmup_iters",
+    "pred", "kind", "C_grid", "val_idx", "resize", "x_trainval", "train_features",
+}  # fmt: skip
