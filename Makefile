@@ -42,6 +42,7 @@ bench: setup
 
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes
+teachers:  ## table of known weights: teachers and released students
 plan:  ## what a recipe costs: RECIPE= [GPU=h100 GPUS=8] [PROFILE=] [SET=]
 doctor:  ## check this machine [and a recipe's inputs: RECIPE=]
 submit:  ## start or resume a recipe: RECIPE= [SET="a.b=c ..."] [PROFILE=smoke] [DRY=1] [FRESH=1] [DETACH=1]

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from core.merge import ConfigError as ConfigError
 from core.merge import Overlay, flatten, merge, nested, parse, read, to_object
 from core.merge import nearest as nearest
+from core.models import known
 
 RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 SCHEMA = 1
@@ -45,7 +46,7 @@ class Method:
 
 @dataclass
 class Student:
-    name: str = "vit_base_patch16_224"  # any timm model
+    name: str = "vit_base_patch16_224"  # any timm model, or a name of `make teachers`
     args: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model, and norm_eps
     drop_path: float = 0.0
     weights: str = ""  # "" = from scratch; else as Teacher.weights
@@ -53,7 +54,7 @@ class Student:
 
 @dataclass
 class Teacher:
-    name: str = ""  # timm model
+    name: str = ""  # timm model, or a name of `make teachers`, which fills in what is left at its default
     args: dict[str, Any] = field(default_factory=dict)
     weights: str = "hub"  # hub | hub:<id> | file:///x | s3://x | store:x | run:<id> | random
     cls: str = "token"  # token: class token | pooled: timm's pooled, pre-logits feature | projected: through the head
@@ -223,6 +224,8 @@ def load(name: str, profile: str = "", dotlist: list[str] | None = None) -> Reci
                 where = f"{place}.{part}"
                 merge(OmegaConf.structured(PARTS[part]), PARTS[part], layer.below(where, where, values[part]))
     recipe = cast(Recipe, to_object(config))
+    teachers = {key: known.fill(teacher) for key, teacher in recipe.teachers.items()}
+    recipe = dataclasses.replace(recipe, student=known.fill(recipe.student), teachers=teachers)
     check(recipe)
     return recipe
 

@@ -34,6 +34,7 @@ LAUNCH = ("launcher", "dirty", "detach")
 VERBS = {
     "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh", "set")),
     "recipes": Verb("recipes.recipes", "table of the recipes that come with Retort", (), ("json",)),
+    "teachers": Verb("teachers.teachers", "table of the weights that Retort knows by name", (), ("json",)),
     "plan": Verb("recipes.plan", "what a recipe costs and what it lacks", RECIPE, (*RESOLVE, "gpu", "gpus", "json")),
     "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, RESOLVE),
     "submit": Verb("submit.submit", "start a recipe, or resume it", RECIPE, (*RESOLVE, *LAUNCH, "dry", "fresh")),

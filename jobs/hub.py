@@ -24,6 +24,18 @@ def hub_id(model: str, weights: str) -> str:
     return (name or f"timm/{model}") if scheme == "hub" else ""
 
 
+def source(repository: str) -> str:
+    """Where the hub has it: timm's quick-GELU towers lie with their plain namesakes, and names without a tag mean
+    timm's default weights."""
+    owner, _, name = repository.partition("/")
+    if owner != "timm":
+        return repository
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return str((config and config.hf_hub_id) or repository)
+
+
 def staged_key(repository: str) -> str:
     """Where a store keeps the weights of a repository."""
     return f"weights/{repository.replace('/', '--')}/{FILE}"
@@ -31,7 +43,7 @@ def staged_key(repository: str) -> str:
 
 def unreachable(repository: str) -> str:
     """Why weights that are not staged cannot be; empty when they are in the local cache or can be downloaded."""
-    if _cached(repository):
+    if _cached(repository) or _cached(repository := source(repository)):
         return ""
     what = f"the weights {repository} are neither in the store nor in the local hub cache"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
@@ -59,7 +71,8 @@ def stage(recipe: Recipe, root: str, say: Callable[[str], None]) -> None:
         repository = hub_id(model, weights)
         if repository and store.size(staged_key(repository)) is None:
             say(f"staging {repository} into {store.uri}")
-            store.put_file(staged_key(repository), _cached(repository) or _download(field, repository))
+            there = source(repository)
+            store.put_file(staged_key(repository), _cached(repository) or _cached(there) or _download(field, there))
 
 
 def _cached(repository: str) -> Path | None:

@@ -106,7 +106,8 @@ def _weights(wanted: tuple[str, str, str], root: str, made: set[str]) -> Missing
             return _run_weights(field, weights.removeprefix("run:"), root)
         if hub_id := hub.hub_id(model, weights):
             reason = "" if probe(root).size(hub.staged_key(hub_id)) is not None else hub.unreachable(hub_id)
-            return Missing(f"{field}: {reason}", f"{hub.HOW.format(hub_id=hub_id)}; or {elsewhere}") if reason else None
+            how = hub.HOW.format(hub_id=hub.source(hub_id))
+            return Missing(f"{field}: {reason}", f"{how}; or {elsewhere}") if reason else None
         folder, _, key = resolve(weights, root).rpartition("/")
         if probe(folder).size(key) is None:
             return Missing(f"{field}: there is no file {weights}", f"put it there, or {elsewhere}")

@@ -13,6 +13,7 @@ from core.config import ConfigError, Student, nearest
 from core.methods.base import Info
 from core.models.clip import as_projection, set_norm_eps
 from core.models.features import family, stride
+from core.models.known import KNOWN
 from core.models.locate import read_weights
 from core.models.vit import set_drop_path
 from core.models.weights import load_strict
@@ -29,7 +30,9 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
     if name not in timm.list_models(name):
         base, _, tag = name.partition(".")
         hint = f"; {tag!r} names weights: write name: {base} and weights: hub:timm/{name}" if tag else ""
-        raise ConfigError(f"{field}.name: timm has no model {name!r}{hint or nearest(name, timm.list_models())}")
+        raise ConfigError(
+            f"{field}.name: timm has no model {name!r}{hint or nearest(name, [*KNOWN, *timm.list_models()])}"
+        )
     arguments = build_arguments(name, args, img_size)
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **{"num_classes": 0, **arguments})
