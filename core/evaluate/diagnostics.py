@@ -100,14 +100,15 @@ def attention_of(attention: Any, x_BNC: Tensor, bias: Tensor | None = None) -> T
     """Post-softmax map (B, H, N, N) float32 of a timm Attention of a ViT or Beit for its input."""
     batch, tokens, _ = x_BNC.shape
     qkv = attention.qkv(x_BNC)
-    if getattr(attention, "q_bias", None) is not None:
+    if getattr(attention, "q_bias", None) is not None:  # Beit's keys have no bias
         qkv = qkv + torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
     q, k, _ = qkv.reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).float().unbind(0)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     scores = q @ k.mT * attention.scale
     if getattr(attention, "relative_position_bias_table", None) is not None:
-        scores = scores + attention._get_rel_pos_bias()
+        fused = hasattr(attention, "own_bias")
+        scores = scores + (attention.own_bias() if fused else attention._get_rel_pos_bias())
     maps: Tensor = (scores if bias is None else scores + bias).softmax(-1)
     return maps
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from core.config import ConfigError
 from core.data.views import View
 from core.methods.base import Batch, Features, Info, Method, Report
 from core.models.drop_path import use_sample_drop_path
+from core.models.fused import fuse_attention
 from core.models.init import init_student
-from core.models.rel_pos import align_shared_bias
 from core.optim_layers import bias_groups
 from core.schedules import lagged_cosine
 
@@ -134,8 +133,7 @@ class Fd(Method):
 
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
         use_sample_drop_path(student)
-        if isinstance(student, Beit):
-            align_shared_bias(student)
+        fuse_attention(student)
         self._grids = {name: teacher.grid for name, teacher in teachers.items()}
         self._grid = info.grid
         self._with_cls = self.options.tokens == "all" and info.has_cls

@@ -21,6 +21,7 @@ from core.data.views import View
 from core.losses import soft_cross_entropy
 from core.methods.base import Batch, Features, Info, Method, Report
 from core.models.drop_path import use_sample_drop_path
+from core.models.fused import fuse_attention
 from core.models.init import init_head, init_student
 from core.models.rel_pos import CLS_ROWS, resize_table
 from core.optim_layers import layer_groups
@@ -127,6 +128,7 @@ class Finetune(Method):
 
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
         use_sample_drop_path(student)
+        fuse_attention(student)
         module = Classifier(student, info.dim, self.options.num_classes)
         self._own = {name: value.detach().clone() if _is_new(name) else value.to("meta")
                      for name, value in module.state_dict().items()}  # fmt: skip

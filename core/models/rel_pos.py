@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.models.beit import Beit
+from timm.models.beit import RelativePositionBias
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -47,24 +47,19 @@ class SharedBias(nn.Module):
 
     index: Tensor
 
-    def __init__(self, grid: Grid, heads: int) -> None:
+    def __init__(self, table_RH: nn.Parameter, grid: Grid) -> None:
         super().__init__()
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLS_ROWS
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        self.register_buffer("index", relative_index(grid), persistent=False)
+        self.relative_position_bias_table = table_RH
+        self.register_buffer("index", relative_index(grid).to(table_RH.device), persistent=False)
+
+    @classmethod
+    def of(cls, own: RelativePositionBias) -> SharedBias:
+        """With the table of timm's module."""
+        rows, columns = own.window_size
+        return cls(own.relative_position_bias_table, (rows, columns))
 
     def forward(self) -> Tensor:
         return relative_bias(self.relative_position_bias_table, self.index)
-
-
-def align_shared_bias(beit: Beit) -> None:
-    """Let a Beit with a shared table compute its bias once per forward pass in aligned memory; weights stay."""
-    if beit.rel_pos_bias is None or isinstance(beit.rel_pos_bias, SharedBias):
-        return
-    table = beit.rel_pos_bias.relative_position_bias_table
-    shared = SharedBias(tuple(beit.patch_embed.grid_size), table.shape[1])
-    shared.relative_position_bias_table = table
-    beit.rel_pos_bias = shared.to(table.device)  # type: ignore[assignment]
 
 
 def resize_table(table_RH: Tensor, old_grid: Grid, grid: Grid) -> Tensor:

@@ -19,7 +19,8 @@ from core.methods.fd import Fd, FdModel, FdOptions, fd_loss, tokens_of, whiten
 from core.methods.finetune import Classifier
 from core.models import vit as vits
 from core.models.drop_path import SampleDropPath, use_sample_drop_path
-from core.models.rel_pos import align_shared_bias, relative_bias, relative_index, resize_table
+from core.models.fused import fuse_attention
+from core.models.rel_pos import relative_bias, relative_index, resize_table
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from tests.golden.networks import tensor
@@ -82,7 +83,7 @@ def swin_teacher_fwd(case: Case) -> Checks:
 
 def vit_student_fwd(case: Case) -> Checks:
     model = loaded(beit(meta(case), shared=True), params(case), "beit").train()
-    align_shared_bias(model)
+    fuse_attention(model)
     z = tokens_of(model, tensor(case["x"]))
     yield "z", z, case["z"], 1e-11
     (z * tensor(case["probe"])).sum().backward()
@@ -94,7 +95,7 @@ def vit_student_fwd(case: Case) -> Checks:
 def vit_student_droppath(case: Case) -> Checks:
     model = loaded(beit(meta(case), shared=True), params(case), "beit").train()
     use_sample_drop_path(model)
-    align_shared_bias(model)
+    fuse_attention(model)
     paths = [(block.drop_path1, block.drop_path2) for block in model.blocks]
     yield "rates", [getattr(first, "rate", 0.0) for first, _ in paths], case["rates"], 1e-6
     active = [path for pair in paths for path in pair if isinstance(path, SampleDropPath)]
@@ -110,10 +111,13 @@ def _given(scale_B: Tensor) -> Any:
 def swinv2_student_fwd(case: Case) -> Checks:
     hp = meta(case)
     model = loaded(student(hp), params(case), "swin")
+    x = tensor(case["x"])
     for name, want in case.below("coords/").items():
         yield f"coords/{name}", dict(model.named_buffers())[name], want, 5e-5
     with torch.no_grad():
-        yield "z", tokens_of(model, tensor(case["x"])), case["z"], 5e-5
+        yield "z by timm", tokens_of(model, x), case["z"], 5e-5
+        fuse_attention(model)
+        yield "z", tokens_of(model, x), case["z"], 5e-5
 
 
 def vit_finetune_fwd(case: Case) -> Checks:
@@ -127,6 +131,7 @@ def classifier(case: Case, prefix: str = "param/") -> Classifier:
     """The fine-tuning network with a case's weights, in float64 and evaluation mode."""
     hp, state = meta(case), params(case, prefix)
     model = Classifier(beit(hp, shared=False), hp["embed_dim"], hp["num_classes"]).double().eval()
+    fuse_attention(model)
     model.load_state_dict({f"{'' if k.startswith('head.') else 'encoder.'}{k}": v for k, v in state.items()})
     return model
 
