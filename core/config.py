@@ -68,6 +68,8 @@ class Teacher:
 class Data:
     source: str = ""  # folder of images or indexed shards: file:///x, s3://bucket/x, store:x
     heldout: str = ""  # images for the validation loss only
+    features: str = ""  # stored vectors of the images, row for row; "" = beside source (held-out: beside heldout)
+    texts: str = ""  # stored vectors of sentences; "" = beside source
     block: int = 8192  # samples per shuffle block
     max_bad_share: float = 0.01  # stop when more than this share of samples, and more than ten, cannot be decoded
 

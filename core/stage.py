@@ -21,7 +21,8 @@ from core.cache import ShardCache
 from core.checkpoint import Reader, restore
 from core.comm import Comm
 from core.config import ConfigError, Loader, Recipe, Train
-from core.data.loader import MicroBatch, eval_batches, steps_per_epoch, train_batches
+from core.data.features import Beside
+from core.data.loader import Companion, MicroBatch, eval_batches, steps_per_epoch, train_batches
 from core.data.rand_augment import erase
 from core.data.source import Source, open_source
 from core.data.views import apply_colour, draw_colour, normalize
@@ -49,6 +50,8 @@ class Stage:
     engine: Engine
     comm: Comm
     rebuild: Callable[[], nn.Module]  # another module like the engine's, for comparisons
+    companions: list[Companion]
+    held_companions: list[Companion]
 
     def batches(self, start: int) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step from `start` on."""
@@ -57,7 +60,7 @@ class Stage:
             self.source, self.method.views(), seed=self.recipe.seed, batch=s.batch, micro_batch=s.micro_batch,
             block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
             world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
-            pin=self.comm.device.type == "cuda", crops=self.method.crops(),
+            pin=self.comm.device.type == "cuda", crops=self.method.crops(), companions=self.companions,
         )  # fmt: skip
 
     def batch(self, micro: MicroBatch) -> Batch:
@@ -113,7 +116,8 @@ class Stage:
             x, count = normalize(images.to(device)), 0 if labels is None else len(index)
             views = {view.name: resized(x, view.size) for view in self.method.views()}
             labels = torch.full_like(index, -1) if labels is None else labels
-            batch = Batch(views, index, self.recipe.seed, 0, 0, training=False, labels=labels.to(device))
+            extra = {k: v.to(device) for read in self.held_companions for k, v in read(0, 0, 0, index.numpy()).items()}
+            batch = Batch(views, index, self.recipe.seed, training=False, labels=labels.to(device), extra=extra)
             loss, _ = self.loss(self.method.prepare(batch))
             total += torch.stack([loss.float() * count, loss.new_tensor(count, dtype=torch.float32)])
         self.engine.train(True)
@@ -140,6 +144,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
     infos = describe_teachers(recipe, info)
     method.check(info, infos)
+    companions = _companions(method, recipe, source, held, root)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
 
@@ -165,10 +170,22 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
         method.load_state(state if state is not None else reader.whole("method"))
     start = reader.manifest.position.stage_step if reader is not None and here else 0
     run_steps = sum(schedule(whole.stage(each), len(source))[1] for each in whole.stage_names())
-    stage = Stage(
-        name, recipe, settings, steps, step - start, run_steps, source, held, method, teachers, engine, comm, fresh
-    )
+    stage = Stage(name, recipe, settings, steps, step - start, run_steps, source, held, method, teachers, engine, comm,
+                  fresh, *companions)  # fmt: skip
     return stage, start
+
+
+def _companions(
+    method: Method, recipe: Recipe, source: Source, held: Source | None, root: str
+) -> tuple[list[Companion], list[Companion]]:
+    """What the method reads beside the images, and beside the held-out ones."""
+    data, s = recipe.data, method.settings
+    images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
+    beside = Beside(source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps)
+    if held is None:
+        return method.companions(beside), []
+    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), training=False)
+    return method.companions(beside), method.companions(held_out)
 
 
 def schedule(settings: Train, samples: int) -> tuple[Train, int]:

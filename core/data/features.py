@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,12 +179,11 @@ class Beside:
         return TextStream(features, self.seed, self.micros, self.micro_batch, self.epoch_steps)
 
 
-def check_width(companions: Sequence[TextStream | FixedTexts | ImageVectors], width: int) -> None:
-    """Raises DataError unless all vectors have as many numbers as the student's."""
-    for companion in companions:
-        shapes = companion.features.describe()
-        if list(shapes.values()) != [(width,)]:
-            raise DataError(
-                f"stored vectors have shape {shapes}, the student's {(width,)}: set student.args.num_classes to "
-                "theirs, or take another teacher's tables"
-            )
+def check_width(features: FeatureSource, width: int) -> None:
+    """Raises DataError unless every vector has as many numbers as the student's."""
+    shapes = features.describe()
+    if list(shapes.values()) != [(width,)]:
+        raise DataError(
+            f"stored vectors have shapes {shapes}, the student's {(width,)}: set student.args.num_classes to theirs, "
+            "or take another teacher's tables"
+        )

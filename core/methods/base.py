@@ -28,6 +28,8 @@ from core.data.views import Crops, RandomCrops, View
 from core.merge import Overlay, merge, to_object
 
 if TYPE_CHECKING:
+    from core.data.features import Beside
+    from core.data.loader import Companion
     from core.engine import Engine
 
 Report = dict[str, Tensor]
@@ -85,6 +87,11 @@ class Method(ABC):
     def __init__(self, options: Any, settings: Train, steps: int) -> None:
         self.options, self.settings, self.steps = options, settings, steps
 
+    @classmethod
+    def uses_teachers(cls, options: dict[str, Any]) -> bool:
+        """Whether a stage with these options of a recipe loads the recipe's teachers."""
+        return cls.needs_teachers
+
     @abstractmethod
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         """Refuse a pair that cannot work, with the reason, before anything is built.  Raises ConfigError."""
@@ -134,6 +141,10 @@ class Method(ABC):
     def crops(self) -> Crops:
         """Where each sample's views are cut out; it is sent to the loader's workers."""
         return RandomCrops(tuple(self.views()))
+
+    def companions(self, beside: Beside) -> list[Companion]:
+        """What is read with every micro-batch beside its images, into `Batch.extra`.  Raises DataError, StoreError."""
+        return []
 
     def prepare(self, batch: Batch) -> Batch:
         """What is drawn per micro-batch (masks, mix-up), on the device, before teachers and student see it. Draws are
@@ -201,7 +212,7 @@ def complete(recipe: Recipe) -> Recipe:
             raise ConfigError(f"teachers.{teacher}.name: not set; give a timm model name")
     for stage in recipe.stage_names():
         method = recipe.at(stage).method
-        if find(method.name).needs_teachers and not recipe.teachers:
+        if find(method.name).uses_teachers(method.options) and not recipe.teachers:
             raise ConfigError(f"teachers: method {method.name} needs at least one teacher")
     stages = {stage: dict(values) for stage, values in recipe.stages.items()}
     for stage in (stage for stage, values in stages.items() if "method" in values):
@@ -219,7 +230,8 @@ def _completed(method: MethodConfig, recipe: str, prefix: str = "") -> dict[str,
 def at_stage(recipe: Recipe, name: str) -> Recipe:
     """`Recipe.at`, without teachers where the stage's method has none."""
     own = recipe.at(name)
-    return own if find(own.method.name).needs_teachers else dataclasses.replace(own, teachers={})
+    uses = find(own.method.name).uses_teachers(own.method.options)
+    return own if uses else dataclasses.replace(own, teachers={})
 
 
 def create(recipe: Recipe, settings: Train, steps: int) -> Method:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config import ConfigError
+from core.data.features import IMAGE, TEXT, Beside, check_width
+from core.data.loader import Companion
 from core.data.views import View
 from core.losses_pairs import Weights, score_losses, vector_distance
 from core.methods.base import Batch, Features, Info, Method, Report
@@ -22,7 +24,6 @@ from core.schedules import unshifted_cosine
 
 NO_DECAY = ("cls_token", "pos_embed", "relative_position_bias_table", "absolute_pos_embed")  # beside 1-D and biases
 ENCODER = "encoder."
-IMAGE, TEXT = "image_features", "text_features"  # of Batch.extra: the teacher's vectors
 Targets = dict[str, Tensor]
 
 
@@ -40,6 +41,7 @@ class DimeFmOptions:
     warmup_lr: float = 4e-6  # at which the warm-up starts
     scale: tuple[float, float] = (0.08, 1.0)  # of the random crops
     resize: int = 256  # short side before the crop, in pixels; 0 crops the image as it is
+    online: bool = False  # the recipe's teacher sees the student's crops, instead of stored vectors of whole images
     init: str = "released"  # released: initial weights of CLIP's towers | timm
 
 
@@ -67,9 +69,12 @@ class DimeFmModel(nn.Module):
 
 class DimeFm(Method):
     Options = DimeFmOptions
-    needs_teachers = False  # their vectors are stored; a teacher of the recipe takes the place of the images' table
     couples_batch = True
     options: DimeFmOptions
+
+    @classmethod
+    def uses_teachers(cls, options: dict[str, Any]) -> bool:
+        return bool(options.get("online", DimeFmOptions.online))
 
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         o = self.options
@@ -90,6 +95,9 @@ class DimeFm(Method):
             )
         if self.settings.batch < 2:
             raise ConfigError("train.batch: scores of a single image compare nothing; use at least 2")
+        if o.online and len(teachers) != 1:
+            raise ConfigError(f"teachers: method.options.online takes one teacher, the recipe has {len(teachers)}")
+        self._width = student.projection
         for key, info in teachers.items():
             if info.projection != student.projection:
                 raise ConfigError(
@@ -108,11 +116,16 @@ class DimeFm(Method):
     def build(self, student: nn.Module, info: Info, teachers: dict[str, Info]) -> nn.Module:
         return DimeFmModel(student)
 
+    def companions(self, beside: Beside) -> list[Companion]:
+        found = [beside.text_vectors(), *([] if self.options.online else [beside.image_vectors()])]
+        for companion in found:
+            check_width(companion.features, self._width)
+        return list(found)
+
     @torch.no_grad()
     def targets(self, features: dict[str, Features], batch: Batch) -> Targets:
         """Vectors of the images, from the table or from a teacher that sees them, and of as many sentences."""
-        stored = batch.extra.get(IMAGE)
-        image = next(iter(features.values())).cls if stored is None else stored
+        image = next(iter(features.values())).cls if self.options.online else batch.extra[IMAGE]
         return {IMAGE: image, TEXT: batch.extra[TEXT]}
 
     def losses(self, outputs: Tensor, targets: Targets, batch: Batch) -> tuple[Tensor, Report]:

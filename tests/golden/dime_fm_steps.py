@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from core import coupled
 from core.comm import Comm
 from core.config import Train
-from core.data.features import place_of_texts
+from core.data.features import IMAGE, TEXT, place_of_texts
 from core.engine import Engine
 from core.methods.base import Batch
-from core.methods.dime_fm import IMAGE, TEXT, DimeFm, DimeFmOptions
+from core.methods.dime_fm import DimeFm, DimeFmOptions
 from core.models.students import create, describe
 from core.models.weights import load_strict, to_timm
 from core.plain import PlainEngine
