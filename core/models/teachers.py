@@ -55,6 +55,8 @@ def _fold_normalisation(model: nn.Module, own_mean: tuple[float, ...], own_std: 
     With x = (p - m) / s given and y = (p - m') / s' wanted: y = x * s/s' + (m - m')/s', a per-channel affine map that
     a patch embedding (a convolution without padding) absorbs exactly.
     """
+    if (own_mean, own_std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return
     mean, std = torch.tensor(own_mean), torch.tensor(own_std)
     given_mean, given_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     conv = getattr(getattr(model, "patch_embed", None), "proj", None)
