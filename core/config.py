@@ -70,6 +70,11 @@ class Data:
     heldout: str = ""  # images for the validation loss only
     features: str = ""  # stored vectors of the images, row for row; "" = beside source (held-out: beside heldout)
     texts: str = ""  # stored vectors of sentences; "" = beside source
+    merge: list[str] = field(default_factory=list)  # further sources, appended to the first
+    classes: float = 1.0  # share of the classes that is used; which is drawn from the seed
+    share: float = 1.0  # share of each class's images that is used
+    samples: int = 0  # > their number: as many samples as this, made by going round the images again
+    repeats: int = 1  # copies of an image in a batch, each with its own draws; an epoch has so many fewer images
     block: int = 8192  # samples per shuffle block
     max_bad_share: float = 0.01  # stop when more than this share of samples, and more than ten, cannot be decoded
 
@@ -191,11 +196,14 @@ CHOICES = {
     "teachers.*.positions": ("offset", "size", "antialias"),
 }  # fmt: skip
 POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
+            "data.classes", "data.share", "data.repeats",
             "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",
             "log.every_steps", "evaluate.seeds", "evaluate.students")  # fmt: skip
 NOT_NEGATIVE = ("train.epochs", "train.steps", "train.lr", "train.min_lr", "train.lr_batch", "train.weight_decay",
                 "train.warmup_epochs", "train.betas", "train.eps", "train.clip", "launch.ranks", "launch.threads",
-                "loader.workers", "log.flush_s", "seed", "student.drop_path", "data.max_bad_share")  # fmt: skip
+                "loader.workers", "log.flush_s", "seed", "student.drop_path", "data.max_bad_share",
+                "data.samples")  # fmt: skip
+AT_MOST = {"data.classes": 1, "data.share": 1}
 BELOW = {"train.betas": 1, "student.drop_path": 1, "seed": 2**32}
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of teachers and stages: part of keys, addresses and module names
 
@@ -273,6 +281,8 @@ def _check_value(key: str, value: Any) -> None:
             raise ConfigError(f"{key}: must be above 0, got {number}")
         if generic in NOT_NEGATIVE and number < 0:
             raise ConfigError(f"{key}: must not be negative, got {number}")
+        if generic in AT_MOST and number > AT_MOST[generic]:
+            raise ConfigError(f"{key}: must be at most {AT_MOST[generic]}, got {number}")
         if generic in BELOW and number >= BELOW[generic]:
             raise ConfigError(f"{key}: must be below {BELOW[generic]}, got {number}")
 

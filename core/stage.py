@@ -25,6 +25,7 @@ from core.data.features import Beside
 from core.data.loader import Companion, MicroBatch, eval_batches, steps_per_epoch, train_batches
 from core.data.rand_augment import erase
 from core.data.source import Source, open_source
+from core.data.subset import training_source
 from core.data.views import apply_colour, draw_colour, normalize
 from core.engine import Engine, check_precision
 from core.manifest import CheckpointError
@@ -61,6 +62,7 @@ class Stage:
             block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
             world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
             pin=self.comm.device.type == "cuda", crops=self.method.crops(), companions=self.companions,
+            repeats=self.recipe.data.repeats,
         )  # fmt: skip
 
     def batch(self, micro: MicroBatch) -> Batch:
@@ -135,7 +137,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     settings, whole, recipe = recipe.stage(name), recipe, at_stage(recipe, name)
     check_precision(settings, recipe.zero.stage)
     cache = shard_cache(recipe.loader)
-    source = open_source(resolve(recipe.data.source, root), cache)
+    source = training_source(recipe.data, recipe.seed, root, cache)
     held = open_source(resolve(recipe.data.heldout, root), cache) if recipe.data.heldout else None
     settings, steps = schedule(settings, len(source))
     check_world(settings, comm.world)

@@ -44,11 +44,11 @@ def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0) -> dict[st
 
 
 def _samples(recipe: Recipe, root: str) -> tuple[int, bool]:
-    from core.data.source import open_source
-    from core.storage import StoreError, resolve
+    from core.data.subset import training_source
+    from core.storage import StoreError
 
     try:
-        return len(open_source(resolve(recipe.data.source, root))), True
+        return len(training_source(recipe.data, recipe.seed, root)), True
     except (ValueError, StoreError):
         return IMAGENET, False
 

@@ -24,10 +24,9 @@ def check_networks(recipe: Recipe) -> None:
 
 def check_data(recipe: Recipe, root: str) -> None:
     """The training images are of a known kind and enough for a step of every stage.  Raises ConfigError, DataError."""
-    from core.data.source import open_source
+    from core.data.subset import training_source
     from core.stage import schedule
-    from core.storage import resolve
 
-    samples = len(open_source(resolve(recipe.data.source, root)))
+    samples = len(training_source(recipe.data, recipe.seed, root))
     for name in recipe.stage_names():
         schedule(recipe.stage(name), samples)

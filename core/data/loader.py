@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from core.data.decode import CorruptImage, to_tensor
 from core.data.order import Order
 from core.data.rand_augment import rand_augment
+from core.data.repeated import RepeatedOrder
 from core.data.source import DataError, Raw, Source
 from core.data.views import Crops, RandomCrops, View, centre_crop, random_resized_crop, shorten
 
@@ -84,6 +85,7 @@ def train_batches(
     context: str | None = None,
     crops: Crops | None = None,
     companions: Sequence[Companion] = (),
+    repeats: int = 1,
 ) -> Iterator[list[MicroBatch]]:
     """Micro-batches of this rank, one list for each step in [start_step, stop_step).
 
@@ -91,6 +93,7 @@ def train_batches(
     W gets numbers r M / W to (r + 1) M / W.  workers: processes (0: in this one); prefetch: micro-batches that each
     prepares ahead; pin: page-locked memory, for copies to a GPU; context: how workers start (None: the platform's way).
     crops: where views are cut out (None: each at random); companions: what else comes with each micro-batch.
+    repeats: copies of a sample, see core.data.repeated; their indices differ by multiples of the source's length.
     Raises DataError at once for impossible sizes.
     """
     micros = batch // micro_batch
@@ -108,6 +111,8 @@ def train_batches(
         raise DataError(f"views need different names: {', '.join(view.name for view in views)}")
     share = range(rank * micros // world, (rank + 1) * micros // world)
     order = Order(source.shard_sizes, seed, micros, block)
+    if repeats > 1:
+        order = RepeatedOrder(source.shard_sizes, seed, micros, block, repeats)
     dataset = _TrainSet(source, views, crops or RandomCrops(views), companions, order, seed, micro_batch, epoch_steps)
     loader = _loader(dataset, _Tasks(range(start_step, stop_step), share), workers, prefetch, pin, context)
     return _by_step(loader, len(share))
@@ -199,12 +204,13 @@ class _TrainSet(Dataset[MicroBatch]):
 
     def _readable(self, wanted: int, bad: list[str]) -> tuple[int, torch.Tensor, int | None]:
         """The wanted sample or the next one that can be decoded; keys of those that cannot are added to `bad`."""
-        for ahead in range(min(len(self.source), MAX_BAD_IN_A_ROW)):
-            i = (wanted + ahead) % len(self.source)
+        count = len(self.source)
+        for ahead in range(min(count, MAX_BAD_IN_A_ROW)):
+            i = (wanted + ahead) % count
             raw = self.source.read(i)
             image = _decoded(raw)
             if image is not None:
-                return i, image, raw.label
+                return wanted // count * count + i, image, raw.label  # a copy stays the copy that it is
             bad.append(raw.key)
         raise DataError(
             f"none of {len(bad)} samples in a row, from {bad[0]} to {bad[-1]}, can be decoded; check the data source"

@@ -1,7 +1,7 @@
 """DINOv2's linear probe: a grid of classifiers over inputs and learning rates, trained side by side on one backbone.
 
-Proteus, section 9.1 of its notes. Inputs are made of the last blocks' tokens, each after the final norm; all classifiers
-of one input are one product. The data order is `core.data.sharded`.
+Proteus, section 9.1 of its notes. Inputs are made of the last blocks' tokens, each after the final norm; all
+classifiers of one input are one product. The data order is `core.data.sharded`.
 """
 
 from __future__ import annotations

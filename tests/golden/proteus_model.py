@@ -60,6 +60,8 @@ def build(case: Mapping[str, Any], settings: Train, steps: int = 1, **options: A
                      if k.startswith("student.backbone.")}, int(case["student_heads"]))  # fmt: skip
     heads = [f"p/{head}.1.weight" in case for head in HEADS.values()]
     token, feature, patch = (float(w) or float(head) for w, head in zip(case["lambdas"], heads, strict=True))
+    if any(key.startswith("p/student.backbone.transformer.") for key in case):
+        options.setdefault("undecayed", ["cls_token"])  # a vector in CLIP's own layout
     method = Proteus(ProteusOptions(lambda_token=token, lambda_feature=feature, lambda_patch=patch, **options),
                      settings, steps)  # fmt: skip
     size = case["images" if "images" in case else "images_0"].shape[-1]
