@@ -53,7 +53,7 @@ def _dinov2(size: str, letter: str, case: str, registers: bool = False) -> Known
 
 
 def _clip(arch: str, file: str, case: str) -> Known:
-    source = f"OpenAI {file}.pt, key prefix visual."
+    source = f"OpenAI {file}.pt (TorchScript archive), visual.*"
     name, hub = f"vit_{arch}_clip_quickgelu_224", f"hub:timm/vit_{arch}_clip_224.openai"
     return Known(name, hub, source, "MIT", "clip", case)
 

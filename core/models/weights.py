@@ -17,6 +17,7 @@ from core.models.layouts import LAYOUTS as LAYOUTS
 from core.models.layouts import NESTED, State
 from core.models.layouts.keys import WeightsError as WeightsError
 from core.models.layouts.keys import below
+from core.models.torchscript import is_torchscript, read_torchscript
 
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -104,7 +105,7 @@ def _harmless() -> list[Any]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as its file holds it, on the CPU: safetensors, or a torch archive of plain data.
+    """A checkpoint as its file holds it, on the CPU: safetensors, a torch archive of plain data, or TorchScript.
 
     Raises:
         WeightsError: no such file, damaged, or it needs pickled objects, which are never run.
@@ -115,6 +116,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path, device="cpu"))
+        if is_torchscript(path):
+            return dict(read_torchscript(path))
         with torch.serialization.safe_globals(_harmless()):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:

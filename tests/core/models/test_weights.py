@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,33 @@ def test_a_missing_file_and_a_list_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="holds a list, not a dictionary"):
         read(tmp_path / "list.pth")
+
+
+class Tower(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 4, 2, bias=False).half()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+        self.proj = torch.nn.Parameter(torch.randn(4, 3).T)
+        self.register_buffer("input_resolution", torch.tensor(224))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_archive_is_read_as_its_state_and_none_of_its_code_runs(tmp_path: Path) -> None:
+    module = Tower()
+    torch.jit.script(module).save(tmp_path / "ViT.pt")
+    got, want = read(tmp_path / "ViT.pt"), module.state_dict()
+    assert got.keys() == want.keys()
+    assert all(got[key].dtype is want[key].dtype and torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_torchscript_archive_that_needs_objects_is_refused_without_running_them(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+        archive.writestr("bad/data.pkl", pickle.dumps({"w": Harmful(tmp_path / "ran")}))
+        archive.writestr("bad/constants.pkl", b"")
+    with pytest.raises(WeightsError, match=r"bad\.pt: needs an object posix.mkdir"):
+        read(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
