@@ -15,6 +15,7 @@ from core.models.clip import as_projection, set_norm_eps
 from core.models.features import family, stride
 from core.models.known import KNOWN
 from core.models.locate import read_weights
+from core.models.swin import use_masks_in_compute_precision
 from core.models.vit import set_drop_path
 from core.models.weights import load_strict
 
@@ -40,7 +41,7 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
         raise ConfigError(f"{field}: timm cannot build {name} with {arguments}: {error}") from None
     if NORM_EPS in args:
         set_norm_eps(model, float(args[NORM_EPS]))
-    return as_projection(model)
+    return use_masks_in_compute_precision(as_projection(model))
 
 
 def build_arguments(name: str, args: dict[str, Any], img_size: int | None) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def build_student(
         if initialise is not None:
             initialise(model)
     if student.weights:
-        load_strict(model, read_weights(student.weights, student.name, root))
+        load_strict(model, read_weights(student.weights, student.name, root), fit_positions=True)
     if info.is_vit and student.drop_path:
         try:
             set_drop_path(model, student.drop_path)

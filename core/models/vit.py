@@ -6,6 +6,7 @@ timm's own forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
@@ -57,7 +58,21 @@ def pos_embed_for(vit: VisionTransformer, grid: tuple[int, int], offset: float |
     table = cast(Tensor, vit.pos_embed)
     if tuple(grid) == native:
         return table
-    return resize_pos_embed(table, native, grid, 0 if vit.no_embed_class else vit.num_prefix_tokens, offset)
+    return resize_pos_embed(table, native, grid, placeless(vit), offset)
+
+
+def placeless(vit: VisionTransformer) -> int:
+    """Rows of a model's position table that belong to class and register tokens."""
+    return 0 if vit.no_embed_class else int(vit.num_prefix_tokens)
+
+
+def fit_pos_embed(vit: VisionTransformer, table_1ND: Tensor) -> Tensor:
+    """A table of another square grid for the model's own; a table of no square grid as it is."""
+    prefix, native = placeless(vit), cast(Tensor, vit.pos_embed)
+    side = math.isqrt(max(table_1ND.shape[1] - prefix, 0))
+    if table_1ND.shape == native.shape or side == 0 or prefix + side**2 != table_1ND.shape[1]:
+        return table_1ND
+    return resize_pos_embed(table_1ND, (side, side), tuple(vit.patch_embed.grid_size), prefix)
 
 
 def set_grid(vit: VisionTransformer, grid: tuple[int, int], rule: str = "offset") -> None:
@@ -69,8 +84,8 @@ def set_grid(vit: VisionTransformer, grid: tuple[int, int], rule: str = "offset"
     if tuple(grid) == native:
         return
     if vit.pos_embed is not None:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         offset = RELEASED_OFFSET if rule == "offset" else None
+        prefix = placeless(vit)
         table = resize_pos_embed(vit.pos_embed.data, native, grid, prefix, offset, antialias=rule == "antialias")
         vit.pos_embed = nn.Parameter(table, requires_grad=vit.pos_embed.requires_grad)
     patch_h, patch_w = vit.patch_embed.patch_size

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from core.models.layouts import LAYOUTS as LAYOUTS
@@ -18,6 +19,7 @@ from core.models.layouts import NESTED, State
 from core.models.layouts.keys import WeightsError as WeightsError
 from core.models.layouts.keys import below
 from core.models.torchscript import is_torchscript, read_torchscript
+from core.models.vit import fit_pos_embed
 
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -55,7 +57,9 @@ def to_timm(state: Mapping[str, Any], layout: str | None = None) -> State:
     return LAYOUTS[name].to_timm(unwrap(state, LAYOUTS[name].nested))
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Any], layout: str | None = None) -> None:
+def load_strict(
+    model: nn.Module, state: Mapping[str, Any], layout: str | None = None, fit_positions: bool = False
+) -> None:
     """Load a state dict, in timm's or an upstream layout, into a timm model: every key and shape must match.
 
     Only a model without classifier (num_classes=0) may leave out the classifier that the file holds, and only a
@@ -70,6 +74,8 @@ def load_strict(model: nn.Module, state: Mapping[str, Any], layout: str | None =
     if getattr(model, "num_classes", None) == 0:
         given = {key: value for key, value in given.items() if key in own or not key.startswith(_classifiers(model))}
     given |= {key: torch.zeros_like(own[key]) for key in _fixed_biases(model) - given.keys()}
+    if fit_positions and isinstance(model, VisionTransformer) and "pos_embed" in own.keys() & given.keys():
+        given["pos_embed"] = fit_pos_embed(model, given["pos_embed"])
     problems = _mismatches(own, given)
     if problems:
         heading = f"weights (read as layout {layout}) do not fit {type(model).__name__}"

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from core.config import ConfigError, Student
 from core.models.students import build_arguments, build_student, create, describe, describe_student
-from core.models.vit import DropPath
+from core.models.vit import DropPath, resize_pos_embed
 from core.models.weights import WeightsError
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -136,3 +136,16 @@ def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
     )
     with pytest.raises(WeightsError, match=r"missing: norm.bias\s+unexpected: odd"):
         build_student(student(weights="store:odd.safetensors"), 16, 0, f"file://{tmp_path}")
+
+
+def test_a_position_table_of_another_grid_is_resampled_for_the_stage_s_images(tmp_path: Path) -> None:
+    source, _ = build_student(student(args={**TINY, "reg_tokens": 1}), 32, 7, "")
+    save_file({k: v.detach().contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
+    made = student(args={**TINY, "reg_tokens": 1}, weights="store:w.safetensors")
+    loaded, _ = build_student(made, 24, 0, f"file://{tmp_path}")
+    want = resize_pos_embed(source.pos_embed.detach(), (4, 4), (3, 3), 2)
+    torch.testing.assert_close(loaded.pos_embed.detach(), want)
+    with pytest.raises(WeightsError, match=r"pos_embed: file \(1, 18, 24\), model \(1, 10, 24\)"):
+        build_student(
+            student(weights="store:w.safetensors", args={**TINY, "reg_tokens": 0}), 24, 0, f"file://{tmp_path}"
+        )
