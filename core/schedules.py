@@ -49,17 +49,14 @@ def warmup_linear(step: int, *, base: float, steps: int, warmup: int, start: flo
     return base * max(0.0, 1.0 - (step - warmup) / max(steps - warmup - 1, 1))
 
 
-def lagged_cosine(
-    step: int, *, base: float, final: float, start: float, steps: int, warmup: int = 0, every: int = 1
-) -> float:
+def lagged_cosine(last: int, *, base: float, final: float, start: float, steps: int, warmup: int = 0) -> float:
     """Linear warm-up from `start`, then a cosine to `final`, both a step late (Feature-Distillation, section 7).
 
-    The schedule moves after each step with that step's own index: step 0 runs at `start` (at `base` without a warm-up)
-    and step k at the value of k - 1. steps, warmup: in iterations, of which an optimiser step takes `every`.
+    The schedule moves after each step with that step's own index. last: the index it moved with before this step, -1
+    for the first step, which runs at `start` (at `base` without a warm-up).
     """
-    t = step * every - 1
-    if t < 0:
+    if last < 0:
         return start if warmup else base
-    if t < warmup:
-        return start + t * (base - start) / warmup
-    return final + 0.5 * (base - final) * (1.0 + math.cos(math.pi * min((t - warmup) / (steps - warmup), 1.0)))
+    if last < warmup:
+        return start + last * (base - start) / warmup
+    return final + 0.5 * (base - final) * (1.0 + math.cos(math.pi * min((last - warmup) / (steps - warmup), 1.0)))

@@ -36,8 +36,8 @@ class FdOptions:
     tokens: str = "all"  # all: class token and patches | patch: patches only, for networks without a class token
     resize: bool = False  # fit the teacher's grid of tokens to the student's by bilinear interpolation
     init: str = "released"  # released: the student's initial weights as in the release | timm
-    accumulation: int = 1  # the schedule counts this many iterations per step, as in the release with accumulation
-    iterations: int = 0  # of that schedule; 0 = steps * accumulation
+    accumulation: int = 1  # iterations that the schedule counts per step, as the release does with accumulation
+    leftover: int = 0  # iterations at the end of an epoch that the release then throws away
 
 
 def whiten(tokens: Tensor, eps: float = WHITEN_EPS) -> Tensor:
@@ -103,7 +103,7 @@ class Fd(Method):
             raise ConfigError(
                 f"method.options: tokens is all or patch, init released or timm; got {o.tokens}, {o.init}"
             )
-        if not (o.beta > 0 and 0 < o.scale[0] <= o.scale[1] <= 1 and o.accumulation > 0):
+        if not (o.beta > 0 and 0 < o.scale[0] <= o.scale[1] <= 1 and o.accumulation > 0 and o.leftover >= 0):
             raise ConfigError(
                 f"method.options: beta and accumulation must be above 0 and scale within 0..1, got {o.beta}, "
                 f"{o.accumulation}, {o.scale}"
@@ -167,10 +167,14 @@ class Fd(Method):
     def schedules(self, step: int) -> dict[str, float]:
         s, o = self.settings, self.options
         scale = s.batch / s.lr_batch if s.lr_batch else 1.0
-        lr = lagged_cosine(step, base=s.lr * scale, final=s.min_lr * scale, start=o.warmup_lr * scale,
-                           steps=o.iterations or self.steps * o.accumulation, every=o.accumulation,
-                           warmup=min(s.warmup_steps, self.steps - 1) * o.accumulation)  # fmt: skip
+        lr = lagged_cosine(self._iterations(step - 1) + o.accumulation - 1 if step else -1, base=s.lr * scale,
+                           final=s.min_lr * scale, start=o.warmup_lr * scale, steps=self._iterations(self.steps),
+                           warmup=self._iterations(min(s.warmup_steps, self.steps - 1)))  # fmt: skip
         return {"lr": lr}
+
+    def _iterations(self, step: int) -> int:
+        """Of the schedule, before this step."""
+        return step * self.options.accumulation + step // self.epoch_steps * self.options.leftover
 
     def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = "encoder."

@@ -174,7 +174,7 @@ class Finetune(Method):
         """The layer's factor scales the peak alone: warm-up and minimum are the same for all layers."""
         s, o = self.settings, self.options
         batch = s.batch / s.lr_batch if s.lr_batch else 1.0
-        return lagged_cosine(step, base=s.lr * batch * scale, final=s.min_lr * batch, start=o.warmup_lr * batch,
+        return lagged_cosine(step - 1, base=s.lr * batch * scale, final=s.min_lr * batch, start=o.warmup_lr * batch,
                              steps=self.steps, warmup=min(s.warmup_steps, self.steps - 1))  # fmt: skip
 
     def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:

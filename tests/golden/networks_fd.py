@@ -35,14 +35,21 @@ def beit(hp: Mapping[str, Any], shared: bool) -> nn.Module:
         "depth": hp["depth"], "num_heads": hp["num_heads"], "mlp_ratio": hp.get("mlp_ratio", 4),
         "init_values": hp["init_values"], "qkv_bias": hp["qkv_bias"], "drop_path_rate": hp.get("drop_path_rate", 0.0),
         "use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared, "use_abs_pos_emb": hp["use_abs_pos_emb"],
-        "global_pool": "token" if shared else "avg",
+        "global_pool": "token" if shared else "avg", **_norm_eps(hp),
     }  # fmt: skip
     return create(BEIT, args, None, "student")
 
 
-def swin(hp: Mapping[str, Any], name: str, pool: str = "avg") -> nn.Module:
+def _norm_eps(hp: Mapping[str, Any]) -> dict[str, float]:
+    """Where a case tells it; as a number, or as `layernorm eps=1e-6`."""
+    found = hp.get("norm_eps") or str(hp.get("norm_layer", "")).partition("eps=")[2]
+    return {"norm_eps": float(found)} if found else {}
+
+
+def swin(hp: Mapping[str, Any], name: str) -> nn.Module:
     keys = ("img_size", "patch_size", "embed_dim", "window_size")
     args = {key: hp[key] for key in keys} | {"depths": tuple(hp["depths"]), "num_heads": tuple(hp["num_heads"])}
+    args |= _norm_eps(hp) | ({"mlp_ratio": hp["mlp_ratio"]} if "mlp_ratio" in hp else {})
     return create(name, args, None, "student")
 
 
@@ -51,12 +58,15 @@ def student(hp: Mapping[str, Any], shared: bool = True) -> nn.Module:
     return swin(hp, SWINV2) if "depths" in hp else beit(hp, shared)
 
 
-def plain_vit(state: Mapping[str, Tensor], heads: int, img_size: int, name: str = VIT) -> nn.Module:
+def plain_vit(
+    state: Mapping[str, Tensor], heads: int, img_size: int, name: str = VIT, norm_eps: float | None = None
+) -> nn.Module:
     """A teacher of a state dict's sizes, in timm's keys, loaded."""
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     args = {"img_size": img_size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads,
             "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim}  # fmt: skip
+    args |= {} if norm_eps is None else {"norm_eps": norm_eps}
     return loaded(create(name, args, None, "teacher"), dict(state))
 
 

@@ -100,8 +100,8 @@ def init_stats(case: Case) -> Checks:
             if p.numel() >= LARGE:
                 found = [each[_named(name, hp, own)].detach().double().std() for each in drawn]
                 yield f"std of {name}", torch.stack(found).mean() / std, 1.0, 6e-2
-            bound = max(abs(case["min"][i]), abs(case["max"][i]))
-            yield f"extremes of {name}", bool(p.abs().max() <= 1.6 * bound), True, 0.0
+                bound = max(abs(case["min"][i]), abs(case["max"][i]))
+                yield f"extremes of {name}", bool(p.abs().max() <= 1.6 * bound), True, 0.0
 
 
 def _named(name: str, hp: dict[str, Any], own: dict[str, nn.Parameter]) -> str:

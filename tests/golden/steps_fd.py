@@ -49,10 +49,11 @@ def _distil(case: Case, stage: int | None) -> Arrays:
     hp, comm = meta(case), Comm(torch.device("cpu"))
     each, every = case["batches"].shape[1], max(hp["accumulation"], 1)
     micro = each if every > 1 else each // comm.world
-    per_epoch, decoder = hp["iters_per_epoch"] // every, params(case, "init/decoder.0.")
-    settings = _settings(hp, each * every, micro)
-    options = FdOptions(warmup_lr=hp["warmup_lr"], accumulation=every, iterations=hp["epochs"] * hp["iters_per_epoch"])
+    (per_epoch, leftover), decoder = divmod(hp["iters_per_epoch"], every), params(case, "init/decoder.0.")
+    settings = _settings(hp, each * every, micro, per_epoch)
+    options = FdOptions(beta=hp.get("beta", 2.0), warmup_lr=hp["warmup_lr"], accumulation=every, leftover=leftover)
     method = Fd(options, settings, hp["epochs"] * per_epoch)
+    method.epoch_steps = per_epoch
     state = to_timm(params(case, "init/feature_model."), "timm")
     teacher_net = plain_vit(state, int(re.search(r"heads(\d+)", hp["teacher"])[1]), hp["img_size"])
     info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
@@ -71,13 +72,13 @@ def _distil(case: Case, stage: int | None) -> Arrays:
         targets = method.targets({"teacher": teacher(batch.views["image"])}, batch)
         return method.losses(engine.forward(batch), targets, batch)[0]
 
-    return _run(case, method, module, stage, comm, batch_of, loss_of, every, hp["epochs"])
+    return _run(case, method, module, stage, comm, batch_of, loss_of, every)
 
 
 def _finetune(case: Case, stage: int | None) -> Arrays:
     hp, comm = meta(case), Comm(torch.device("cpu"))
     each = case["batches"].shape[1]
-    settings = _settings(hp, each, each if stage is None else 1)
+    settings = _settings(hp, each, each if stage is None else 1, hp["iters_per_epoch"])
     options = FinetuneOptions(num_classes=hp["num_classes"], layer_decay=hp["layer_decay"], warmup_lr=hp["warmup_lr"])
     method = Finetune(options, settings, hp["epochs"] * hp["iters_per_epoch"])
     info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
@@ -92,7 +93,7 @@ def _finetune(case: Case, stage: int | None) -> Arrays:
     def loss_of(engine: Any, batch: Batch) -> Tensor:
         return method.losses(engine.forward(batch), method.targets({}, batch), batch)[0]
 
-    out = _run(case, method, module, stage, comm, batch_of, loss_of, 1, hp["epochs"])
+    out = _run(case, method, module, stage, comm, batch_of, loss_of, 1)
     layers = [re.fullmatch(r"layer_(\d+)_(no_decay|decay)", str(name)) for name in case["group_names"]]
     own = {(g["layer"], g["weight_decay"] > 0): g["lr_scale"] for g in method.param_groups(module)}
     scales = [own[int(m[1]), m[2] == "decay"] for m in layers]
@@ -102,7 +103,7 @@ def _finetune(case: Case, stage: int | None) -> Arrays:
 
 def _run(
     case: Case, method: Method, module: nn.Module, stage: int | None, comm: Comm, batch_of: Any, loss_of: Any,
-    every: int, epochs: int,
+    every: int,
 ) -> Arrays:  # fmt: skip
     """All optimiser steps of one rank: losses per recorded batch, gradient norms, rates, final weights."""
     dtype, settings = _dtype(stage), method.settings
@@ -115,15 +116,15 @@ def _run(
     batches = torch.from_numpy(case["batches"]).to(dtype)
     micros = settings.batch // settings.micro_batch
     share = range(comm.rank * micros // comm.world, (comm.rank + 1) * micros // comm.world)
+    iterations = meta(case)["iters_per_epoch"]
     losses, norms, rates = [], [], []
     for step in range(method.steps):
-        start = step * every % len(batches) if every == 1 else step * every
+        place = step % (iterations // every)
         own = []
         for number in share:
-            row = start + (number if every > 1 else 0)
+            row = (place * every + (number if every > 1 else 0)) % len(batches)
             first = 0 if every > 1 else number * settings.micro_batch
-            batch = batch_of(batches[row], row, slice(first, first + settings.micro_batch))
-            own.append(loss_of(engine, batch))
+            own.append(loss_of(engine, batch_of(batches[row], row, slice(first, first + settings.micro_batch))))
             engine.backward(own[-1])
         found = comm.gather(torch.stack([loss.detach() for loss in own])).flatten()
         losses += found.tolist() if every > 1 else [float(found.mean())]
@@ -131,9 +132,9 @@ def _run(
         rates.append(method.schedules(step)["lr"])
         engine.step(lambda scale, step=step: method.lr(step, scale))
         norms[-1] = norms[-1] if norms[-1] is not None else float(engine.ds.get_global_grad_norm())
-    for row in range(method.steps * every, len(batches)) if every > 1 and epochs == 1 else ():
-        with torch.no_grad():  # computed and thrown away in the release
-            losses.append(float(loss_of(engine, batch_of(batches[row], row, slice(None)))))
+        for row in range((place + 1) * every, iterations) if place + 1 == iterations // every else ():
+            with torch.no_grad():  # computed and thrown away in the release
+                losses.append(float(loss_of(engine, batch_of(batches[row % len(batches)], row, slice(None)))))
     out = {"losses": np.array(losses), "grad_norms": np.array(norms), "lrs": np.array(rates)}
     return out | {f"final.{name}": value for name, value in _final(engine, comm).items()}
 
@@ -154,10 +155,10 @@ def _final(engine: Engine | PlainEngine, comm: Comm) -> Arrays:
     return {name: comm.sum(flat).view(engine.shapes[name]).numpy() for name, flat in full.items()}
 
 
-def _settings(hp: dict[str, Any], batch: int, micro: int) -> Train:
+def _settings(hp: dict[str, Any], batch: int, micro: int, per_epoch: int) -> Train:
     betas = tuple(hp.get("betas", (0.9, 0.999)))
     return Train(batch=batch, micro_batch=micro, lr=hp["base_lr"], lr_batch=0, min_lr=hp["min_lr"],
-                 warmup_steps=hp["warmup_epochs"] * hp["iters_per_epoch"], weight_decay=hp["weight_decay"],
+                 warmup_steps=hp["warmup_epochs"] * per_epoch, weight_decay=hp["weight_decay"],
                  betas=betas, eps=hp.get("eps", 1e-8), clip=hp["clip_grad"], precision="fp32")  # fmt: skip
 
 

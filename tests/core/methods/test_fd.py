@@ -148,8 +148,9 @@ def test_the_bias_table_and_the_projector_are_decayed_and_tokens_are_not() -> No
 # ---- schedule
 
 
-def rates(**options: Any) -> list[float]:
+def rates(epoch_steps: int = 1, **options: Any) -> list[float]:
     method = Fd(FdOptions(warmup_lr=0.1, **options), SETTINGS, 10)
+    method.epoch_steps = epoch_steps
     return [method.schedules(step)["lr"] for step in range(11)]
 
 
@@ -161,6 +162,7 @@ def test_all_three_rates_follow_the_batch_and_the_schedule_is_a_step_late() -> N
 
 def test_with_accumulation_the_schedule_counts_iterations() -> None:
     assert rates(accumulation=2)[:5] == pytest.approx([0.2, 0.3, 0.5, 0.7, 0.9])
+    assert rates(2, accumulation=2, leftover=1)[:5] == pytest.approx([0.2, 0.28, 0.44, 0.68, 0.84])
 
 
 def test_views_are_bilinear_crops_without_colour() -> None:

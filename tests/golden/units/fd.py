@@ -57,7 +57,7 @@ def clip_teacher_fwd(case: Case) -> Checks:
 
 def vit_teacher_fwd(case: Case) -> Checks:
     hp = meta(case)
-    model = plain_vit(to_timm(params(case), "dino"), hp["num_heads"], hp["img_size"])
+    model = plain_vit(to_timm(params(case), "dino"), hp["num_heads"], hp["img_size"], norm_eps=hp["norm_eps"])
     info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"])
     features = FrozenTeacher(Teacher(name="vit_base_patch16_224", weights="random"), model, info, info)(
         tensor(case["x"])
@@ -346,7 +346,4 @@ UNITS: dict[str, Unit] = {
 
 
 def claims(case: Case) -> bool:
-    if "meta" not in case:
-        return False
-    hp = str(case["meta"])
-    return hp.startswith("{") and not any(key.startswith(("out.", "in.", "hp.")) for key in case)
+    return "meta" in case
