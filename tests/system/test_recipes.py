@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from core.config import Recipe, load, names
 from tests.ranks import run_ranks
 
 RECIPES = [name for name in names() if name != "demo"]
+ONE_OF_EACH = ("unic-b", "proteus-s", "fd-clip-b", "dime-fm-b32", "udi-s")
 
 
 @pytest.fixture(scope="session")
@@ -29,23 +31,46 @@ def _train(recipe: Recipe, root: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_loss_on_held_out_images_falls_in_every_stage(name: str, root: str, tmp_path: Path) -> None:
-    from core.methods.base import complete
-    from jobs.inputs import preparer
+@pytest.fixture(scope="session")
+def rows_of(root: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Logged rows of a recipe's run at toy size, with overrides."""
 
-    recipe = complete(load(name, "smoke", [f"loader.cache_dir={tmp_path}", "log.tensorboard=false"]))
-    module = preparer(recipe)
-    assert module is not None
-    module.prepare(recipe, root, print)
-    rows = run_ranks(_train, 2, recipe, root, timeout_s=300)[0]
-    for stage in recipe.stage_names():
+    @cache
+    def rows_of(name: str, *overrides: str) -> list[dict[str, Any]]:
+        from core.methods.base import complete
+        from jobs.inputs import preparer
+
+        fixed = [f"loader.cache_dir={tmp_path_factory.getbasetemp()}/cache", "log.tensorboard=false"]
+        recipe = complete(load(name, "smoke", [*fixed, *overrides]))
+        module = preparer(recipe)
+        assert module is not None
+        module.prepare(recipe, root, print)
+        rows: list[dict[str, Any]] = run_ranks(_train, 2, recipe, root, timeout_s=300)[0]
+        return rows
+
+    return rows_of
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_loss_on_held_out_images_falls_in_every_stage(name: str, rows_of: Callable[..., Any]) -> None:
+    rows = rows_of(name)
+    for stage in load(name).stage_names():
         heldout = [row["heldout_loss"] for row in rows if row["stage"] == stage and row.get("heldout_loss") is not None]
         losses = [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
         print(f"{name} {stage}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
               f"held-out {heldout[0]:.4f} -> {heldout[-1]:.4f}")  # fmt: skip
         assert all(map(math.isfinite, losses))
         assert heldout[-1] < heldout[0]
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name in RECIPES])
+def test_bf16_follows_fp32(name: str, rows_of: Callable[..., Any]) -> None:
+    """What must stay fp32 (losses, statistics, centring) does, or the curves would part within these steps."""
+    assert load(name, "smoke").stage(load(name).stage_names()[0]).precision == "bf16"
+    half, full = ([row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None]  # nothing is dropped
+                  for rows in (rows_of(name), rows_of(name, "train.precision=fp32", f"name={name}-fp32")))  # fmt: skip
+    assert half != full
+    assert half == pytest.approx(full, rel=0.02)
 
 
 def test_the_smoke_profile_changes_sizes_counts_and_weights_only() -> None:
