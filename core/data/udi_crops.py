@@ -110,7 +110,7 @@ class LinkedCrops:
             name: np.stack([getattr(found, name) for found in large], axis=1)
             for name in ("source", "valid", "target", "weight")
         }
-        small = [self.link.small(edges[name], a, b, local_tokens) for name in local_names(self.local)]
+        small = [self.link.small(edge, a, b, local_tokens) for name, edge in edges.items() if name not in GLOBALS]
         for name in ("target", "weight") if small else ():
             pairs = [np.stack([getattr(found, name) for found in pair], axis=1) for pair in small]
             extra[f"local_{name}"] = np.stack(pairs, axis=1)
@@ -128,12 +128,12 @@ class LinkedCrops:
         )
         return large, small
 
-    def whole(self, samples: int) -> dict[str, NDArray[np.generic]]:
+    def whole(self, samples: int, local: int) -> dict[str, NDArray[np.generic]]:
         """`extra` of crops that are all the whole image, tokens in the middle of their windows: for evaluation."""
         draws = [
             stratified(np.full((samples, windows(grid, window) ** 2), window**2 // 2), np.zeros(samples), grid, window)
             for grid, window in ((self.link.grid, self.window), (self.link.local_grid, self.local_window))
         ]
         image = np.tile(np.array([0, 0, 1, 1], np.float32), (samples, 1))
-        edges = dict.fromkeys([*GLOBALS, *local_names(self.local)], image)
+        edges = dict.fromkeys([*GLOBALS, *local_names(local)], image)
         return self._matches(edges, *draws)

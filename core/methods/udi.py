@@ -200,12 +200,14 @@ class Udi(Method):
         self.teacher = Average(rebuild(), engine, dtype)
 
     def prepare(self, batch: Batch) -> Batch:
-        """In evaluation all views show the same image: each sampled token matches itself."""
+        """In evaluation all views show the same image: a sampled token matches itself, one small view is enough."""
         if batch.training:
             return batch
-        device = batch.views[GLOBALS[0]].device
-        whole = self.crops().whole(len(batch.views[GLOBALS[0]]))
-        return dataclasses.replace(batch, extra={name: torch.from_numpy(x).to(device) for name, x in whole.items()})
+        views = {name: batch.views[name] for name in [*GLOBALS, *local_names(min(self.options.local_crops, 1))]}
+        images = views[GLOBALS[0]]
+        whole = self.crops().whole(len(images), len(views) - len(GLOBALS))
+        extra = {name: torch.from_numpy(x).to(images.device) for name, x in whole.items()}
+        return dataclasses.replace(batch, views=views, extra=extra)
 
     @torch.no_grad()
     def targets(self, features: dict[str, Features], batch: Batch) -> Rows:

@@ -19,8 +19,10 @@ class SampleDropPath(DropPath):
 
 
 def use_sample_drop_path(model: nn.Module) -> None:
-    """Put `SampleDropPath` in the place of timm's modules of the same rates."""
+    """Put `SampleDropPath` in the place of timm's modules, and of UNIC's rules, of the same rates."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, timm.layers.drop.DropPath):
                 setattr(parent, name, SampleDropPath(child.drop_prob))
+            elif isinstance(child, DropPath):
+                setattr(parent, name, SampleDropPath(child.rate))
