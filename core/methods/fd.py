@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from core.config import ConfigError
 from core.data.views import View
-from core.methods.base import Batch, Features, Info, Method, Report
+from core.methods.base import Batch, Features, Info, Method, Report, check_widths
 from core.models.drop_path import use_sample_drop_path
 from core.models.fused import fuse_attention
+from core.models.features import BEHIND_TOKENS
 from core.models.init import init_student
 from core.optim_layers import bias_groups
 from core.schedules import lagged_cosine
 
 WHITEN_EPS = 1e-5
-BEHIND_TOKENS = ("fc_norm.", "attn_pool.", "head.")  # parts of a timm model that see the tokens only after pooling
 
 
 @dataclass
@@ -110,6 +110,7 @@ class Fd(Method):
             )
         if self.settings.lr <= 0:
             raise ConfigError("train.lr: 0 would learn nothing")
+        check_widths(teachers)
         for info in (student, *teachers.values()):
             if 0 in info.grid:
                 raise ConfigError(f"fd compares tokens on a grid, and {info.name} gives none; use a ViT or a Swin")
@@ -147,7 +148,7 @@ class Fd(Method):
         for name in sorted(features):
             tokens = resize_tokens(features[name].patch, self._grids[name], self._grid)
             if self._with_cls:
-                tokens = torch.cat([features[name].cls.unsqueeze(1), tokens], dim=1)
+                tokens = torch.cat([_class_token(name, features[name]), tokens], dim=1)
             out.append(whiten(tokens))
         return out
 
@@ -183,6 +184,13 @@ class Fd(Method):
     def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:
         tokens = info.grid[0] * info.grid[1] + int(self.options.tokens == "all" and info.has_cls)
         return float(sum(2 * tokens * info.dim * teacher.dim for teacher in teachers.values()))
+
+
+def _class_token(name: str, feature: Features) -> Tensor:
+    """(B, 1, D).  Raises ConfigError where the recipe takes another class feature, of another width."""
+    if feature.cls.shape[-1] != feature.patch.shape[-1]:
+        raise ConfigError(f"teachers.{name}.cls: fd compares tokens and no projections; use teachers.{name}.cls=token")
+    return feature.cls.unsqueeze(1)
 
 
 def _shape(info: Info) -> str:

@@ -114,6 +114,8 @@ class Finetune(Method):
                 f"train.micro_batch: images are mixed in pairs within a micro-batch of {self.settings.micro_batch}; "
                 "take an even number, or method.options.mixup=0 and cutmix=0"
             )
+        if student.projection:
+            raise ConfigError("student.args.projection: fine-tuning puts its own head on the pooled feature; remove it")
         if o.init not in ("released", "timm"):
             raise ConfigError(f"method.options.init: released or timm, got {o.init}")
 

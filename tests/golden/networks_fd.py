@@ -24,6 +24,12 @@ def meta(case: Case) -> dict[str, Any]:
     return found
 
 
+def sides(grid: int | list[int]) -> tuple[int, int]:
+    """Rows and columns of a grid that a case names by one number or two."""
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    return rows, columns
+
+
 def params(case: Case, prefix: str = "param/") -> dict[str, Tensor]:
     return {name: tensor(array) for name, array in case.below(prefix).items()}
 

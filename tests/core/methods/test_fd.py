@@ -63,6 +63,13 @@ def test_a_teacher_of_another_grid_without_class_token_fits_by_options() -> None
     method.check(TEACHERS["a"], {"a": dataclasses.replace(TEACHERS["a"], grid=(7, 7), has_cls=False)})
 
 
+def test_a_projected_class_feature_is_no_token() -> None:
+    method, _, _ = built()
+    seen = features() | {"a": Features(torch.randn(4, 9), torch.randn(4, 4, 5))}
+    with pytest.raises(ConfigError, match="teachers.a.cls=token"):
+        method.targets(seen, batch())
+
+
 # ---- maths
 
 

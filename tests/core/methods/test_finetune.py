@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.config import ConfigError, Student, Train
-from core.methods.base import Batch
+from core.methods.base import Batch, Info
 from core.methods.fd import Fd, FdOptions
 from core.methods.finetune import Finetune, FinetuneOptions
 from core.models.students import build_student
@@ -18,6 +18,9 @@ SHARED = Student("beit_base_patch16_224", {**SIZES, "use_rel_pos_bias": False, "
                                            "global_pool": "token"})  # fmt: skip
 BEIT = Student("beit_base_patch16_224", {**SIZES, "use_rel_pos_bias": True, "global_pool": "avg"})
 SWIN = Student("swinv2_base_window8_256", {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2})
+
+
+NETWORK = Info("network", 24, 2, 16, (2, 2), 1, has_cls=True, is_vit=False, img_size=32)
 
 
 def built(student: Student = BEIT, img_size: int = 32, **options: Any) -> tuple[Finetune, torch.nn.Module]:
@@ -42,12 +45,15 @@ def batch(index: tuple[int, ...] = (3, 1, 4, 2), training: bool = True) -> Batch
         ({"mixup": 3.0}, {}, "mixup, cutmix: must lie in 0..2"),
         ({}, {"micro_batch": 1}, "train.micro_batch: images are mixed in pairs"),
         ({"init": "zero"}, {}, "method.options.init"),
+        ({"projection": 8}, {}, "student.args.projection"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], settings: dict[str, Any], message: str) -> None:
+    student = {key: options[key] for key in options if key == "projection"}
+    options = {key: value for key, value in options.items() if key != "projection"}
     method = Finetune(FinetuneOptions(**options), dataclasses.replace(SETTINGS, **settings), 10)
     with pytest.raises(ConfigError, match=message):
-        method.check(None, {})  # type: ignore[arg-type]
+        method.check(dataclasses.replace(NETWORK, **student), {})
 
 
 # ---- mixing

@@ -24,7 +24,7 @@ from core.models.rel_pos import relative_bias, relative_index, resize_table
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from tests.golden.networks import tensor
-from tests.golden.networks_fd import CLIP, SWIN, beit, describe, loaded, meta, params, plain_vit, student, swin
+from tests.golden.networks_fd import CLIP, SWIN, beit, describe, loaded, meta, params, plain_vit, sides, student, swin
 from tests.golden.runner import Case, Check, Unit
 
 Checks = Iterator[Check]
@@ -178,13 +178,13 @@ def rel_pos_bias(case: Case) -> Checks:
 
 def rpb_interp(case: Case) -> Checks:
     hp = meta(case)
-    old, new = ((hp[f"{side}_grid"],) * 2 for side in ("src", "dst"))
+    old, new = (sides(hp[f"{side}_grid"]) for side in ("src", "dst"))
     yield "dst_table", resize_table(torch.from_numpy(case["src_table"]), old, new), case["dst_table"], 1e-5
 
 
 def pos_embed_interp(case: Case) -> Checks:
     hp = meta(case)
-    old, new = ((hp[f"{side}_grid"],) * 2 for side in ("src", "dst"))
+    old, new = (sides(hp[f"{side}_grid"]) for side in ("src", "dst"))
     prefix = case["src"].shape[1] - old[0] * old[1]
     got = vits.resize_pos_embed(torch.from_numpy(case["src"]), old, new, prefix, offset=None)
     yield "dst", got, case["dst"], 1e-5
@@ -246,7 +246,7 @@ def mixup_cutmix(case: Case) -> Checks:
 
 def diag_attention(case: Case) -> Checks:
     hp = meta(case)
-    grid = (hp["grid"], hp["grid"])
+    grid = sides(hp["grid"])
     prefix = case["attn"].shape[-1] - grid[0] * grid[1]
     layers = []
     for maps in case["attn"]:
