@@ -51,6 +51,16 @@ class Info:
     projection: int = 0  # width of the linear map on its pooled feature, 0 without one
 
 
+def check_widths(teachers: dict[str, Info]) -> None:
+    """For methods with one head per teacher: class features as wide as the patch tokens.  Raises ConfigError."""
+    for key, teacher in teachers.items():
+        if teacher.projection not in (0, teacher.dim):
+            raise ConfigError(
+                f"teachers.{key}.cls: class features of {teacher.projection} channels beside patch tokens of "
+                f"{teacher.dim}; this method needs one width: use token or pooled"
+            )
+
+
 @dataclass(frozen=True)
 class Features:
     """One teacher's output for a micro-batch."""

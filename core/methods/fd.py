@@ -17,8 +17,8 @@ from core.config import ConfigError
 from core.data.views import View
 from core.methods.base import Batch, Features, Info, Method, Report, check_widths
 from core.models.drop_path import use_sample_drop_path
-from core.models.fused import fuse_attention
 from core.models.features import BEHIND_TOKENS
+from core.models.fused import fuse_attention
 from core.models.init import init_student
 from core.optim_layers import bias_groups
 from core.schedules import lagged_cosine

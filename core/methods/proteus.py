@@ -28,7 +28,7 @@ from core.data.masks import (
 )
 from core.data.views import View
 from core.losses import cosine_distance, smooth_l1, squared_error
-from core.methods.base import Batch, Features, Info, Method, Report
+from core.methods.base import Batch, Features, Info, Method, Report, check_widths
 from core.models.adapters import Adapter, MaskedStudent
 from core.optim import decay_groups
 from core.schedules import late_epoch, unshifted_cosine
@@ -93,20 +93,25 @@ class Proteus(Method):
     Options = ProteusOptions
     options: ProteusOptions
 
+    def __init__(self, options: ProteusOptions, settings: Any, steps: int) -> None:
+        super().__init__(options, settings, steps)
+        self._embedding = 0.0  # FLOPs of the patch embedding, which both passes share
+
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         o = self.options
-        for info in (student, *teachers.values()):
-            if not info.is_vit or not info.has_cls:
-                raise ConfigError(
-                    f"student.name, teachers: proteus matches class and patch tokens of plain ViTs; {info.name} has "
-                    f"{'no class token' if info.is_vit else 'no plain ViT blocks'}"
-                )
+        if not student.is_vit or not student.has_cls:
+            raise ConfigError(
+                f"student.name: proteus matches class and patch tokens of a plain ViT; {student.name} has "
+                f"{'no class token' if student.is_vit else 'no plain ViT blocks'}"
+            )
+        check_widths(teachers)
         for name, teacher in teachers.items():
             if teacher.grid != student.grid:
                 raise ConfigError(
                     f"teachers.{name}: a grid of {teacher.grid} patches and the student's of {student.grid} cannot be "
                     "matched token by token"
                 )
+        self._embedding = 2.0 * student.grid[0] * student.grid[1] * 3 * student.patch**2 * student.dim
         if min(self._lambdas) < 0 or not any(self._lambdas):
             raise ConfigError(
                 "method.options.lambda_token, lambda_feature, lambda_patch: must not be negative nor all 0, got "
@@ -199,7 +204,8 @@ class Proteus(Method):
         return each * sum(tokens[kind] for kind in self._kinds)
 
     def student_flops(self, forward: Callable[[int], float]) -> tuple[float, float]:
-        return forward(self.settings.img_size) * (1 + self._masked_share), 0.0
+        once = forward(self.settings.img_size)
+        return once + self._masked_share * (once - self._embedding), 0.0
 
     @property
     def _lambdas(self) -> tuple[float, float, float]:

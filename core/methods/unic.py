@@ -17,7 +17,7 @@ from core.config import ConfigError
 from core.data.draws import uniform
 from core.data.views import View
 from core.losses import cosine_distance, drop_teachers, smooth_l1
-from core.methods.base import Batch, Features, Info, Method, Report
+from core.methods.base import Batch, Features, Info, Method, Report, check_widths
 from core.models.heads import Ladder
 from core.models.vit import forward_taps
 from core.optim import decay_groups
@@ -120,11 +120,7 @@ class Unic(Method):
                     f"teachers.{key}.name: unic matches patch tokens one to one; {teacher.name} gives a grid of "
                     f"{teacher.grid} and the student {student.grid}"
                 )
-            if teacher.projection not in (0, teacher.dim):
-                raise ConfigError(
-                    f"teachers.{key}.cls: class features of {teacher.projection} channels beside patch tokens of "
-                    f"{teacher.dim}; unic needs one width: use token or pooled"
-                )
+        check_widths(teachers)
         o = self.options
         if o.hidden < 1 or o.last_hidden < 1:
             raise ConfigError(f"method.options.hidden, last_hidden: must be above 0, got {o.hidden}, {o.last_hidden}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.methods.base import Batch
+from core.models.features import BEHIND_TOKENS
 from core.models.vit import as_vit, embed_patches, place, run_block
 
 LN_EPS = 1e-5
@@ -48,6 +49,9 @@ class MaskedStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.kinds = as_vit(student), tuple(kind for kind in KINDS if kind in kinds)
+        for name, parameter in student.named_parameters():
+            if name.startswith(BEHIND_TOKENS):
+                parameter.requires_grad_(False)
         if "patch" in self.kinds:
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
             nn.init.normal_(self.mask_token, std=mask_std)

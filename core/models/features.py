@@ -17,6 +17,7 @@ from core.models.vit import iterate_taps
 
 Family = Literal["vit", "beit", "swin", "other"]
 CLS = ("token", "pooled", "projected")
+BEHIND_TOKENS = ("fc_norm.", "attn_pool.", "head.")  # parameters that see tokens only once they are pooled
 AFTER_BLOCKS = ("norm", "attn_pool", "fc_norm", "head")  # parts of timm's models that follow the last block
 
 
