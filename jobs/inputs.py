@@ -64,12 +64,14 @@ def weights_fields(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def data_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(field, URI) of the image sets; all but the training images may be left out."""
+    """(field, URI) of the data; all but the training images may be left out."""
     yield "data.source", recipe.data.source
     for uri in recipe.data.merge:
         yield "data.merge", uri
     optional = {
         "data.heldout": recipe.data.heldout,
+        "data.features": recipe.data.features,
+        "data.texts": recipe.data.texts,
         "evaluate.train": recipe.evaluate.train,
         "evaluate.test": recipe.evaluate.test,
     }
