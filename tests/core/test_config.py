@@ -292,8 +292,9 @@ def test_a_stored_recipe_is_checked_like_any_other() -> None:
 
 
 SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}  # of a network
-STEPS = {"img_size", "steps", "epochs", "batch", "micro_batch", "warmup_steps", "warmup_epochs"}
-WHERE = ("launch", "loader", "checkpoint", "log", "evaluate", "prepare", "data.source", "data.heldout", "data.block")
+STEPS = {"img_size", "steps", "epochs", "batch", "lr_batch", "micro_batch", "warmup_steps", "warmup_epochs"}
+WHERE = ("launch", "loader", "checkpoint", "log", "evaluate", "prepare", "data.source", "data.heldout", "data.merge",
+         "data.samples", "data.block")  # fmt: skip
 
 
 def may_differ(field: str) -> bool:

@@ -203,5 +203,8 @@ def test_pixels_are_rounded_to_half_precision_as_released() -> None:
 
 def test_flops_count_the_masked_share() -> None:
     method, _, info = built()
-    assert method.student_flops(lambda side: 100.0 * side) == (4800.0, 0.0)
+    method.check(info, TEACHERS)
+    embedding = 2.0 * PLACES * 3 * 8**2 * 24  # once for both passes
+    trained, _ = method.student_flops(lambda side: 10_000.0 * side)
+    assert trained == 320_000 + (320_000 - embedding) / 2
     assert method.head_flops(info, TEACHERS) == 2 * 24 * (5 + 6) * (1 + PLACES + PLACES / 4)

@@ -305,5 +305,5 @@ def claims(case: Case) -> bool:
 
 KNOWN = {
     "pos_embed", "upperbound", "dataset_len", "sample_count", "no_decay", "lr_used", "ab", "base_wd", "warmup_iters",
-    "pred", "kind", "C_grid", "val_idx", "resize", "x_trainval", "train_features",
+    "pred", "kind", "C_grid", "val_idx", "resize", "x_val", "train_features",
 }  # fmt: skip
