@@ -146,7 +146,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
     infos = describe_teachers(recipe, info)
     method.check(info, infos)
-    companions = _companions(method, recipe, source, held, root)
+    companions = open_companions(method, recipe, source, held, root)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
 
@@ -177,10 +177,10 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     return stage, start
 
 
-def _companions(
+def open_companions(
     method: Method, recipe: Recipe, source: Source, held: Source | None, root: str
 ) -> tuple[list[Companion], list[Companion]]:
-    """What the method reads beside the images, and beside the held-out ones."""
+    """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
     data, s = recipe.data, method.settings
     images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
     beside = Beside(source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps)
