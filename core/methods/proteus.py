@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.comm import Comm
 from core.config import ConfigError, nearest
 from core.data.draws import uniform
 from core.data.masks import (
@@ -27,11 +28,15 @@ from core.data.masks import (
     smallest,
 )
 from core.data.views import View
+from core.ema import PREFIX, Average
 from core.losses import cosine_distance, smooth_l1, squared_error
 from core.methods.base import Batch, Features, Info, Method, Report, check_widths
 from core.models.adapters import Adapter, MaskedStudent
 from core.optim import decay_groups
 from core.schedules import late_epoch, unshifted_cosine
+
+if TYPE_CHECKING:
+    from core.engine import Engine
 
 MASK_DRAW = 1001  # key of the mask draws, apart from those of the views
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -56,6 +61,8 @@ class ProteusOptions:
     schedule: str = "epoch"  # epoch: as released, one epoch late and constant within | step: every step
     warmup_lr: float = 1e-6
     undecayed: list[str] = field(default_factory=list)  # names free of weight decay beside biases and vectors
+    ema: float = 0.0  # decay of an average of the weights, 0 = none; 0.99996 in the release, which exports the weights
+    export_average: bool = False
     rand_augment: str = "rand-m9-mstd0.5-inc1"  # timm's notation; "" = off
     erase: float = 0.25
     scale: tuple[float, float] = (0.08, 1.0)  # of the random crops
@@ -95,6 +102,7 @@ class Proteus(Method):
 
     def __init__(self, options: ProteusOptions, settings: Any, steps: int) -> None:
         super().__init__(options, settings, steps)
+        self._average: Average | None = None
         self._embedding = 0.0  # FLOPs of the patch embedding, which both passes share
 
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
@@ -127,6 +135,8 @@ class Proteus(Method):
                 f"method.options.scale, erase: must lie in 0..1, mask_std, warmup_lr not be negative, got {o.scale}, "
                 f"{o.erase}, {o.mask_std}, {o.warmup_lr}"
             )
+        if not 0 <= o.ema < 1 or (o.export_average and not o.ema):
+            raise ConfigError(f"method.options.ema: must be in [0, 1), and above 0 to export the average, got {o.ema}")
         if o.lambda_patch:
             check_masking(o.mask_probability, o.mask_ratio, student.grid[0] * student.grid[1], "method.options")
             if not masked_samples(self.settings.micro_batch, o.mask_probability):
@@ -180,6 +190,22 @@ class Proteus(Method):
     def losses(self, outputs: Tokens, targets: Tokens, batch: Batch) -> tuple[Tensor, Report]:
         return proteus_loss(outputs, targets, self._lambdas, self.options.distance)
 
+    def attach(self, engine: Engine, rebuild: Callable[[], nn.Module]) -> None:
+        if self.options.ema:
+            self._average = Average(rebuild(), engine, torch.float32)
+
+    def after_step(self, step: int, comm: Comm) -> Report:
+        if self._average is not None:
+            self._average.update(self.options.ema)
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return self._average.state() if self._average is not None else {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self._average is not None:
+            self._average.load_state(state)
+
     def param_groups(self, module: nn.Module) -> list[dict[str, Any]]:
         return decay_groups(module.named_parameters(), self.settings.weight_decay, self.options.undecayed)
 
@@ -194,7 +220,7 @@ class Proteus(Method):
         return {"lr": lr}
 
     def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefix = "student."
+        weights, prefix = (state, f"{PREFIX}student.") if self.options.export_average else (weights, "student.")
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
     def head_flops(self, info: Info, teachers: dict[str, Info]) -> float:

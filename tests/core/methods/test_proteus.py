@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from core.comm import Comm
 from core.config import ConfigError, Student, Train
 from core.methods.base import Batch, Features, Info
 from core.methods.proteus import Proteus, ProteusOptions, proteus_loss
@@ -55,6 +57,8 @@ def features(images: int = 4) -> dict[str, Features]:
         ({"mask_ratio": [0.0]}, {}, {}, "mask_ratio"),
         ({"mask_ratio": [1.0]}, {}, {}, "mask_ratio"),
         ({"mask_ratio": [0.5, 0.1]}, {}, {}, "mask_ratio"),
+        ({"ema": 1.0}, {}, {}, "method.options.ema"),
+        ({"export_average": True}, {}, {}, "method.options.ema"),
         ({}, {"micro_batch": 1}, {}, "train.micro_batch: of 1 samples"),
     ],
 )
@@ -191,6 +195,49 @@ def test_the_export_is_the_student_alone() -> None:
     weights = method.export(module.state_dict(), {})
     student, _ = build_student(Student("vit_tiny_patch16_224", TINY), 32, 5, "")
     student.load_state_dict(weights, strict=True)
+
+
+class Weights:
+    """An engine's master weights, all on this rank."""
+
+    device, replicated = torch.device("cpu"), True
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._fragments = [Whole(name, p.detach().flatten()) for name, p in module.named_parameters()]
+
+    def fragments(self) -> list[Whole]:
+        return self._fragments
+
+
+@dataclasses.dataclass
+class Whole:
+    name: str
+    flat: Tensor
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.flat.numel()
+
+    def view(self, kind: str) -> Tensor:
+        return self.flat
+
+
+def test_an_average_of_the_weights_is_kept_saved_and_exported_on_request() -> None:
+    method, module, _ = built(ema=0.75, export_average=True)
+    engine = Weights(module)
+    method.attach(engine, lambda: built()[1])  # type: ignore[arg-type]
+    before = module.student.cls_token.detach().clone()
+    for fragment in engine.fragments():
+        fragment.flat.add_(1.0)
+    method.after_step(0, Comm(torch.device("cpu")))
+    exported = method.export(module.state_dict(), method.state())
+    torch.testing.assert_close(exported["cls_token"], before + 0.25)
+    later = built(ema=0.75)[0]
+    later.attach(engine, lambda: built()[1])  # type: ignore[arg-type]
+    later.load_state(method.state())
+    torch.testing.assert_close(later.state(), method.state())
 
 
 def test_pixels_are_rounded_to_half_precision_as_released() -> None:
