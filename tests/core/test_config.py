@@ -153,7 +153,7 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
         ("train.steps=null", "SET: train.steps: "),
         ("train.precision=fp16", "train.precision: 'fp16' is not one of bf16, fp32; did you mean bf16?"),
         ("zero.stage=4", "zero.stage: 4 is not one of 0, 1, 2, 3"),
-        ("teachers.one.cls=tokens", "teachers.one.cls: 'tokens' is not one of token, pooled; did you mean token?"),
+        ("teachers.one.cls=tokens", "teachers.one.cls: 'tokens' is not one of token, pooled, projected; did you mean token?"),
         ("launch.device=gpu", "launch.device: 'gpu' is not one of auto, cpu, cuda"),
         ("train.lr=nan", "train.lr: nan is not a finite number"),
         ("train.betas=[0.9, .nan]", "train.betas: nan is not a finite number"),
