@@ -220,8 +220,10 @@ class Udi(Method):
     def losses(self, outputs: Rows, targets: Rows, batch: Batch) -> tuple[Tensor, Report]:
         o = self.options
         temperature = warmup_temperature(batch.epoch, *o.temperature, o.temperature_epochs)
+        # The running centre moves far in the first steps; held-out losses before and after must not differ by that.
+        center = self.centre.center if batch.training else targets["means"]
         return udi_loss(
-            outputs, targets, batch.extra["valid"].transpose(0, 1), self.centre.center, temperature=temperature,
+            outputs, targets, batch.extra["valid"].transpose(0, 1), center, temperature=temperature,
             student_temperature=o.student_temperature, weights=o.weights,
         )  # fmt: skip
 
