@@ -78,9 +78,16 @@ def test_the_smoke_profile_changes_sizes_counts_and_weights_only() -> None:
     for name in RECIPES:
         full, toy = load(name), load(name, "smoke")
         assert full.method.name == toy.method.name
-        assert full.method.options == toy.method.options, name
+        assert beside_sizes(full.method.options) == beside_sizes(toy.method.options), name
         assert full.stage_names() == toy.stage_names()
         assert full.student.name == toy.student.name
         assert {k: t.name for k, t in full.teachers.items()} == {k: t.name for k, t in toy.teachers.items()}
         for stage in full.stage_names():
-            assert full.at(stage).method == toy.at(stage).method, f"{name}, {stage}"
+            a, b = full.at(stage).method, toy.at(stage).method
+            assert (a.name, beside_sizes(a.options)) == (b.name, beside_sizes(b.options)), f"{name}, {stage}"
+
+
+def beside_sizes(options: dict[str, Any]) -> dict[str, Any]:
+    """Options but the sizes of heads and the number and size of crops, which decide what a step costs."""
+    sizes = ("hidden", "bottleneck", "out", "local_crops", "local_size")
+    return {name: value for name, value in options.items() if name not in sizes}
