@@ -146,6 +146,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
     infos = describe_teachers(recipe, info)
     method.check(info, infos)
+    check_labels(method, source, held)
     companions = open_companions(method, recipe, source, held, root)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
@@ -200,6 +201,13 @@ def schedule(settings: Train, samples: int) -> tuple[Train, int]:
     steps = settings.steps or settings.epochs * per_epoch
     warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
     return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
+
+
+def check_labels(method: Method, source: Source, held: Source | None) -> None:
+    """Raises ConfigError where a method lacks labels or has too few outputs for them."""
+    method.check_labels(len(source.classes), "data.source")
+    if held is not None:
+        method.check_labels(len(held.classes), "data.heldout")
 
 
 def check_world(settings: Train, world: int) -> None:

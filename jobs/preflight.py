@@ -31,7 +31,7 @@ def check_data(recipe: Recipe, root: str) -> None:
     from core.methods.base import at_stage, create
     from core.models.students import describe_student
     from core.models.teachers import describe_teachers
-    from core.stage import open_companions, schedule
+    from core.stage import check_labels, open_companions, schedule
     from core.storage import resolve
 
     for name in recipe.stage_names():
@@ -42,4 +42,5 @@ def check_data(recipe: Recipe, root: str) -> None:
         method, info = create(own, settings, steps), describe_student(own.student, settings.img_size)
         method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
         method.check(info, describe_teachers(own, info))
+        check_labels(method, source, held)
         open_companions(method, own, source, held, root)

@@ -106,6 +106,11 @@ class Method(ABC):
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         """Refuse a pair that cannot work, with the reason, before anything is built.  Raises ConfigError."""
 
+    def check_labels(self, classes: int, field: str) -> None:
+        """Refuse images of so many labelled classes (0 = no labels), named by their field.  Raises ConfigError."""
+        if self.needs_labels and not classes:
+            raise ConfigError(f"{field}: this stage learns labels, and these images have none; use class folders")
+
     @abstractmethod
     def views(self) -> list[View]:
         """Crops the data side must produce for every sample."""

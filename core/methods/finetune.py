@@ -119,6 +119,13 @@ class Finetune(Method):
         if o.init not in ("released", "timm"):
             raise ConfigError(f"method.options.init: released or timm, got {o.init}")
 
+    def check_labels(self, classes: int, field: str) -> None:
+        super().check_labels(classes, field)
+        if classes > self.options.num_classes:
+            raise ConfigError(
+                f"method.options.num_classes: {self.options.num_classes}, but {field} has {classes} classes"
+            )
+
     def views(self) -> list[View]:
         o = self.options
         return [View(size=self.settings.img_size, scale=o.scale, rand_augment=o.rand_augment, erase=o.erase,

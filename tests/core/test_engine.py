@@ -52,8 +52,13 @@ def groups(net: nn.Module, frozen_steps: int = 0) -> list[dict[str, Any]]:
     return [
         {"params": list(decayed.values()), "names": list(decayed), "weight_decay": SETTINGS.weight_decay},
         {"params": [], "names": [], "weight_decay": 0.1},
-        {"params": list(free.values()), "names": list(free), "weight_decay": 0.0, "lr_scale": 0.5,
-         "frozen_steps": frozen_steps},
+        {
+            "params": list(free.values()),
+            "names": list(free),
+            "weight_decay": 0.0,
+            "lr_scale": 0.5,
+            "frozen_steps": frozen_steps,
+        },
     ]
 
 

@@ -155,3 +155,12 @@ def test_the_loss_is_float32_under_bf16_and_every_parameter_trains() -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=5e-3)
     assert report["top1"].shape == ()
+
+
+def test_images_without_labels_or_with_more_classes_than_outputs_are_refused() -> None:
+    method, _ = built(num_classes=5)
+    method.check_labels(5, "data.source")
+    with pytest.raises(ConfigError, match=r"data\.heldout: .* have none"):
+        method.check_labels(0, "data.heldout")
+    with pytest.raises(ConfigError, match=r"num_classes: 5, but data\.source has 6"):
+        method.check_labels(6, "data.source")
