@@ -153,7 +153,10 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
         ("train.steps=null", "SET: train.steps: "),
         ("train.precision=fp16", "train.precision: 'fp16' is not one of bf16, fp32; did you mean bf16?"),
         ("zero.stage=4", "zero.stage: 4 is not one of 0, 1, 2, 3"),
-        ("teachers.one.cls=tokens", "teachers.one.cls: 'tokens' is not one of token, pooled, projected; did you mean token?"),
+        (
+            "teachers.one.cls=tokens",
+            "teachers.one.cls: 'tokens' is not one of token, pooled, projected; did you mean token?",
+        ),
         ("launch.device=gpu", "launch.device: 'gpu' is not one of auto, cpu, cuda"),
         ("train.lr=nan", "train.lr: nan is not a finite number"),
         ("train.betas=[0.9, .nan]", "train.betas: nan is not a finite number"),
@@ -291,7 +294,9 @@ def test_a_stored_recipe_is_checked_like_any_other() -> None:
             from_yaml(text, "run/recipe.yaml")
 
 
-SIZES = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}  # of a network
+SIZES = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "window_size",
+         "num_classes"}  # of a network  # fmt: skip
+HEADS = {"hidden", "bottleneck", "out", "local_crops", "local_size"}  # sizes and counts among a method's options
 STEPS = {"img_size", "steps", "epochs", "batch", "lr_batch", "micro_batch", "warmup_steps", "warmup_epochs"}
 WHERE = ("launch", "loader", "checkpoint", "log", "evaluate", "prepare", "data.source", "data.heldout", "data.merge",
          "data.samples", "data.block")  # fmt: skip
@@ -300,6 +305,8 @@ WHERE = ("launch", "loader", "checkpoint", "log", "evaluate", "prepare", "data.s
 def may_differ(field: str) -> bool:
     """Sizes, counts, weights, addresses of data and where a run goes."""
     group, _, last = field.rpartition(".")
+    if field.startswith("method.options."):
+        return last in HEADS
     if field.split(".")[0] in ("train", "stages"):
         return last in STEPS
     if field.startswith(("student.", "teachers.")):
