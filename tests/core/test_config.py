@@ -299,7 +299,7 @@ SIZES = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", 
 HEADS = {"hidden", "bottleneck", "out", "local_crops", "local_size"}  # sizes and counts among a method's options
 STEPS = {"img_size", "steps", "epochs", "batch", "lr_batch", "micro_batch", "warmup_steps", "warmup_epochs"}
 WHERE = ("launch", "loader", "checkpoint", "log", "evaluate", "prepare", "data.source", "data.heldout", "data.merge",
-         "data.samples", "data.block")  # fmt: skip
+         "data.samples", "data.block", "data.texts")  # fmt: skip
 
 
 def may_differ(field: str) -> bool:
