@@ -110,7 +110,8 @@ def sharded() -> dict[tuple[int, str], Any]:
     for stage in range(4):
         for name, (clip, per_parameter) in CLIPS.items():
             net = Net()
-            engine = Engine(net, groups(net, FROZEN.get(name, 0)), settings_of(clip), zero_stage=stage, world=comm.world,
+            own = groups(net, FROZEN.get(name, 0))
+            engine = Engine(net, own, settings_of(clip), zero_stage=stage, world=comm.world,
                             per_parameter_clip=per_parameter, device=comm.device)  # fmt: skip
             train(engine, comm)
             pieces = [(f.name, f.start, f.numel, {k: f.view(k).clone().numpy() for k in KINDS})
