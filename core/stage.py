@@ -25,7 +25,7 @@ from core.data.features import Beside
 from core.data.loader import Companion, MicroBatch, eval_batches, steps_per_epoch, train_batches
 from core.data.rand_augment import erase
 from core.data.source import Source, open_source
-from core.data.subset import training_source
+from core.data.subset import composed_by, training_source
 from core.data.views import apply_colour, draw_colour, normalize
 from core.engine import Engine, check_precision
 from core.manifest import CheckpointError
@@ -183,11 +183,15 @@ def open_companions(
 ) -> tuple[list[Companion], list[Companion]]:
     """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
     data, s = recipe.data, method.settings
+    composed = composed_by(data)
     images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
-    beside = Beside(source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps)
+    beside = Beside(
+        source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps, composed
+    )
     if held is None:
         return method.companions(beside), []
-    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), training=False)
+    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), composed="",
+                                   training=False)  # fmt: skip
     return method.companions(beside), method.companions(held_out)
 
 

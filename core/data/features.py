@@ -150,7 +150,8 @@ class Beside:
     """Where a stage's images lie, for what a method reads beside them.
 
     images, texts: resolved addresses of the folders with the tables of vectors.  micros, micro_batch, epoch_steps: how
-    an epoch is cut into batches.  training: False for held-out images.
+    an epoch is cut into batches.  composed: what makes samples other than the source's rows.  training: False for
+    held-out images.
     """
 
     source: Source
@@ -160,10 +161,16 @@ class Beside:
     micros: int
     micro_batch: int
     epoch_steps: int
+    composed: str = ""
     training: bool = True
 
     def image_vectors(self) -> ImageVectors:
         """Raises DataError when there is not one vector for each image."""
+        if self.composed:
+            raise DataError(
+                f"data.{self.composed}: stored vectors belong to the images of data.source row for row; remove this "
+                "field, or let the teacher see the images"
+            )
         features = open_features(self.images, "image_feat")
         if len(features) != len(self.source):
             raise DataError(

@@ -108,6 +108,12 @@ def _labels(source: Source, field: str) -> Ints:
     return labels
 
 
+def composed_by(data: Data) -> str:
+    """The first field that makes samples differ from the rows of `data.source`; empty if none does."""
+    fields, plain = ("merge", "classes", "share", "samples", "repeats"), Data()
+    return next((name for name in fields if getattr(data, name) != getattr(plain, name)), "")
+
+
 def compose(sources: Sequence[Source], data: Data, seed: int) -> Source:
     """The training set that `data` asks for, of its sources in order: merged, cut down, repeated.  Raises DataError."""
     source = sources[0] if len(sources) == 1 else Merged(sources)

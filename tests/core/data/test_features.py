@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from core.config import Data
 from core.data.features import (
     IMAGE,
     TEXT,
@@ -20,6 +21,7 @@ from core.data.features import (
     open_features,
 )
 from core.data.source import ArraySource, DataError
+from core.data.subset import composed_by
 from core.data.tsv import write_index
 from core.storage import FileStore
 
@@ -120,3 +122,12 @@ def test_vectors_must_be_as_many_as_images(tmp_path: Path) -> None:
         beside.text_vectors()
     paired = Beside(ArraySource(np.zeros((3, 8, 8), np.uint8)), folder, folder, 0, 1, 2, 1)
     assert paired.image_vectors()(0, 0, 0, np.array([2, 1]))[IMAGE].shape == (2, 2)
+
+
+@pytest.mark.parametrize("change", [{"merge": ["store:more"]}, {"classes": 0.5}, {"samples": 9}, {"repeats": 3}])
+def test_images_that_are_not_the_rows_of_their_source_cannot_have_stored_vectors(change: dict[str, Any]) -> None:
+    composed = composed_by(Data(**change))
+    beside = Beside(ArraySource(np.zeros((3, 8, 8), np.uint8)), "", "", 0, 1, 2, 1, composed)
+    with pytest.raises(DataError, match=rf"^data\.{next(iter(change))}: stored vectors"):
+        beside.image_vectors()
+    assert composed_by(Data(source="x", block=1)) == ""
