@@ -126,6 +126,11 @@ class Unic(Method):
             raise ConfigError(f"method.options.hidden, last_hidden: must be above 0, got {o.hidden}, {o.last_hidden}")
         if not (0 <= o.drop <= 1 and 0 < o.scale[0] <= o.scale[1] <= 1):
             raise ConfigError(f"method.options.drop, scale: must lie in 0..1, got {o.drop}, {o.scale}")
+        if o.drop and len(teachers) == 1:
+            raise ConfigError(
+                f"method.options.drop: {o.drop}, but {next(iter(teachers))} is the only teacher and always stays; "
+                "set it to 0 or add a teacher"
+            )
         if self.settings.lr == 0:
             raise ConfigError("train.lr: 0 would learn nothing")
 

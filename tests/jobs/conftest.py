@@ -80,7 +80,7 @@ def tiny_recipe(tmp_path: Path, photos: Path) -> Path:
     """A recipe that needs nothing but a folder of images: a tiny student of a tiny untrained teacher."""
     vit = {"name": "vit_tiny_patch16_224", "args": {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 2}}
     content = {
-        "method": {"name": "unic", "options": {"hidden": 32, "last_hidden": 64}},
+        "method": {"name": "unic", "options": {"hidden": 32, "last_hidden": 64, "drop": 0.0}},
         "student": vit,
         "teachers": {"big": {**vit, "weights": "random"}},
         "data": {"source": f"file://{photos}"},

@@ -46,13 +46,16 @@ TRAINS = {
 }
 
 
+OPTIONS = {"unic": {"drop": 0.0}}  # a single teacher cannot be left out
+
+
 def recipe(method: str, student: str, *teachers: str) -> Recipe:
     def frozen(name: str) -> Teacher:
         network, args = NETWORKS[name]
         return Teacher(network, args if name == "convnext" else {**args, "img_size": 32}, "random", cls=TEACHERS[name])
 
     named = {name.replace(" ", "-"): frozen(name) for name in teachers}
-    return complete(Recipe(name="x", method=Method(method), student=Student(*NETWORKS[student]), teachers=named))
+    return complete(Recipe(name="x", method=Method(method, OPTIONS.get(method, {})), student=Student(*NETWORKS[student]), teachers=named))
 
 
 def train_once(made: Recipe) -> list[str]:

@@ -61,6 +61,13 @@ def test_what_cannot_work_is_refused(
         method.check(dataclasses.replace(TEACHERS["a"], **student), TEACHERS)
 
 
+def test_dropping_needs_a_second_teacher() -> None:
+    alone = {"a": TEACHERS["a"]}
+    with pytest.raises(ConfigError, match=r"method\.options\.drop: 0\.5, but a is the only teacher"):
+        Unic(UnicOptions(), SETTINGS, 10).check(TEACHERS["a"], alone)
+    Unic(UnicOptions(drop=0.0), SETTINGS, 10).check(TEACHERS["a"], alone)
+
+
 # ---- the module
 
 
