@@ -32,12 +32,12 @@ def zero_shot(case: Case) -> Checks:
     yield "classifier", classifier, case["classifier"], 2e-4
     found = zeroshot.probabilities(torch.from_numpy(case["image_features"]), classifier)
     yield "probabilities", found, case["probabilities"], 2e-4
-    labels = case["labels"][:, 0] if case["labels"].shape[1] == 1 else case["labels"]
+    labels = case["labels"].squeeze(-1) if case["labels"].shape[-1] == 1 else case["labels"]
     yield "score", metric(str(case["metric"]))(labels, found.numpy()), case["score"], 2e-4
     # The names and templates are not recorded: take the name out of each first prompt, and give it a synonym.
     firsts = [str(prompt) for prompt in case["first_prompts"]]
     head = os.path.commonprefix(firsts)
-    tail = os.path.commonprefix([prompt[::-1] for prompt in firsts])[::-1]
+    tail = os.path.commonprefix([prompt[len(head) :][::-1] for prompt in firsts])[::-1]
     templates = [f"{head}{{}}{tail}"] + ["{}."] * (case["text_embeddings"].shape[1] - 1)
     names = [prompt[len(head) : len(prompt) - len(tail)] for prompt in firsts]
     made = [zeroshot.prompts([name, "another name"], templates) for name in names]
@@ -71,11 +71,11 @@ def probe_train(case: Case) -> Checks:
 
 def probe_search(case: Case) -> Checks:
     def score(lr: float, decay: float) -> float:
-        scope = {"lr": lr, "wd": decay, "abs": abs, **{name: getattr(math, name) for name in ("log10", "log", "exp")}}
+        scope = vars(math) | {"lr": lr, "wd": decay, "abs": abs, "min": min, "max": max}
         return float(eval(str(case["score_formula"]).replace("^", "**"), {"__builtins__": {}}, scope))
 
     visited = case["visited_lr_wd_score"]
-    rates = list(dict.fromkeys(visited[:, 0].tolist()))
+    rates = sorted(set(visited[:, 0].tolist()))
     low, high = (float(edge) for edge in case["wd_log_range"])
     found = elevater.search(score, log_range=(low, high), left_only=bool(case["use_left_only"]))
     yield "learning rates", sorted({lr for lr, _, _ in found.trials}), rates, 1e-9

@@ -12,7 +12,7 @@ from core.losses import drop_teachers
 from core.methods.unic import unic_loss
 from core.models.heads import KINDS, Ladder
 
-DEPTH, DIM, BATCH, PATCHES = 4, 192, 8, 64
+DEPTH, DIM, BATCH, PATCHES = 4, 192, 16, 64  # the release has 128 images and 12 blocks of 768
 TEACHERS = {"a": 192, "b": 256, "c": 192, "d": 128}
 Calls = tuple[Callable[[], object], Callable[[], object]]
 

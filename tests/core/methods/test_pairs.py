@@ -55,7 +55,8 @@ def recipe(method: str, student: str, *teachers: str) -> Recipe:
         return Teacher(network, args if name == "convnext" else {**args, "img_size": 32}, "random", cls=TEACHERS[name])
 
     named = {name.replace(" ", "-"): frozen(name) for name in teachers}
-    return complete(Recipe(name="x", method=Method(method, OPTIONS.get(method, {})), student=Student(*NETWORKS[student]), teachers=named))
+    own = Method(method, OPTIONS.get(method, {}))
+    return complete(Recipe(name="x", method=own, student=Student(*NETWORKS[student]), teachers=named))
 
 
 def train_once(made: Recipe) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +23,13 @@ from tests.golden.runner import Case, Check, Unit
 
 Checks = Iterator[Check]
 VIT, SWIN = "vit_base_patch32_clip_quickgelu_224", "swin_tiny_patch4_window7_224"
+FULL = {"vit_b32": VIT, "vit_b16": "vit_base_patch16_clip_quickgelu_224", "swin_t": SWIN,
+        "swin_s": "swin_small_patch4_window7_224", "swin_b": "swin_base_patch4_window7_224"}  # fmt: skip
 
 
-def losses(case: Case, tolerance: float = 1e-10) -> Checks:
+def losses(case: Case) -> Checks:
+    """In the precision of the arrays."""
+    tolerance = 2e-5 if case["student_img"].dtype == np.float32 else 1e-10
     student, image, text = (torch.from_numpy(case[k]) for k in ("student_img", "teacher_img", "teacher_text"))
     student.requires_grad_()
     pvl, udist = (bool(flag) for flag in case["flags_pvl_udist"])
@@ -34,11 +41,6 @@ def losses(case: Case, tolerance: float = 1e-10) -> Checks:
         yield name, term, case[name], tolerance
     if "grad_student" in case:
         yield "grad_student", student.grad, case["grad_student"], tolerance
-
-
-def loss_all(case: Case) -> Checks:
-    """In the precision of the arrays: float32 where they are."""
-    return losses(case, 2e-5 if case["student_img"].dtype == np.float32 else 1e-10)
 
 
 def loss_flags(case: Case) -> Checks:
@@ -103,7 +105,7 @@ def network(
         stages = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.")})
         depths = [len({k.split(".")[3] for k in state if k.startswith(f"layers.{s}.blocks.")}) for s in stages]
         args = {"embed_dim": state["patch_embed.proj.weight"].shape[0], "depths": depths, "num_heads": heads,
-                "window_size": window, "patch_size": state["patch_embed.proj.weight"].shape[-1],
+                "window_size": window, "drop_path_rate": 0.0, "patch_size": state["patch_embed.proj.weight"].shape[-1],
                 "num_classes": state["head.fc.weight"].shape[0]}  # fmt: skip
         return create(SWIN, args | more, size, "student")
     hidden, width = state["blocks.0.mlp.fc1.weight"].shape
@@ -210,23 +212,20 @@ def param_groups(case: Case) -> Checks:
     from core.methods.dime_fm import groups
 
     names = [str(name) for name in case["all_names_in_order"]]
-    shapes = [tuple(int(n) for n in str(s).strip("(),").split(",")) for s in case["all_shapes"]]
+    shapes = [tuple(int(n) for n in re.findall(r"\d+", str(s))) for s in case["all_shapes"]]
     with torch.device("meta"):
         given = {name: torch.empty(shape) for name, shape in zip(names, shapes, strict=True)}
     swin = any("relative_position_bias_table" in name for name in names)
     state = to_timm(given)
-    size, heads, window = 224, [1], 7
     if swin:
-        tables = {k: v.shape for k, v in state.items() if k.endswith("blocks.0.attn.relative_position_bias_table")}
-        heads = [tables[key][1] for key in sorted(tables)]
-        window = (math_isqrt(next(iter(tables.values()))[0]) + 1) // 2
-        size = state["patch_embed.proj.weight"].shape[-1] * window * 2 ** len(heads)
+        sizes = swin_sizes(state)
     else:
-        size = math_isqrt(state["pos_embed"].shape[1] - 1) * state["patch_embed.proj.weight"].shape[-1]
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        sizes = {"heads": [1], "size": side * state["patch_embed.proj.weight"].shape[-1]}
     with torch.device("meta"):
-        model = network(state, swin=swin, heads=heads, size=size, window=window)
+        model = network(state, swin=swin, **sizes)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    timm_name = _names(names, swin)
+    timm_name = timm_names(names, swin)
     yield "every parameter", sorted(timm_name.values()), sorted(own), 0.0
     turned = {name for name in names if name.endswith(("visual.proj", "projection"))}
     for name, shape in zip(names, shapes, strict=True):
@@ -237,7 +236,16 @@ def param_groups(case: Case) -> Checks:
         yield key, [n for n in names if timm_name[n] in group["names"]], [str(n) for n in case[key]], 0.0
 
 
-def _names(names: list[str], swin: bool) -> dict[str, str]:
+def swin_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Heads, window and a size of images from the bias tables of timm weights: the last stage is one window."""
+    end = "blocks.0.attn.relative_position_bias_table"
+    tables = [tuple(v.shape) for _, v in sorted((k, v) for k, v in state.items() if k.endswith(end))]
+    windows = [(math.isqrt(places) + 1) // 2 for places, _ in tables]
+    size = state["patch_embed.proj.weight"].shape[-1] * windows[-1] * 2 ** (len(tables) - 1)
+    return {"heads": [heads for _, heads in tables], "window": windows[0], "size": size}
+
+
+def timm_names(names: list[str], swin: bool) -> dict[str, str]:
     out = {}
     for name in names:
         mark, marked = (MARK, MARKED) if swin else ({}, set())
@@ -246,20 +254,18 @@ def _names(names: list[str], swin: bool) -> dict[str, str]:
     return out
 
 
-def math_isqrt(n: int) -> int:
-    return int(np.sqrt(n))
-
-
 def param_groups_full(case: Case) -> Checks:
     from core.methods.dime_fm import groups
 
     columns = [str(name) for name in case["columns"]]
-    assert columns == ["n_decay_tensors", "decay_scalars", "n_no_decay_tensors", "no_decay_scalars"]
-    for key, name in (("vit_b32", VIT), ("swin_t", SWIN)):
+    for key in (key for key in case if key != "columns"):
         with torch.device("meta"):
-            decay, free = groups(create(name, {"num_classes": 768}, 224, "student"), 0.05)
-        got = [n for g in (decay, free) for n in (len(g["params"]), sum(p.numel() for p in g["params"]))]
-        yield key, got, case[key], 0.0
+            decay, free = groups(create(FULL[key], {"num_classes": 768}, 224, "student"), 0.05)
+        found = {}
+        for kind, group in (("decay", decay), ("no_decay", free)):
+            found[f"n_{kind}_tensors"] = len(group["params"])
+            found[f"{kind}_scalars"] = sum(p.numel() for p in group["params"])
+        yield key, [found[name] for name in columns], case[key], 0.0
 
 
 def tokenizer(case: Case) -> Checks:
@@ -275,7 +281,6 @@ def elsewhere(module: str, name: str) -> Unit:
 
 UNITS: dict[str, Unit] = {
     "loss": losses,
-    "loss_all": loss_all,
     "loss_flags": loss_flags,
     "loss_global_batch": loss_global_batch,
     "logits": logits,
@@ -304,6 +309,6 @@ KNOWN = ("student_img", "sorted_param_keys", "lr_used_at_step", "all_names_in_or
 
 def claims(case: Case) -> bool:
     items = case.get("items", [])
-    streams = len(case) > 0 and all(key.startswith("img") and "_txt" in key for key in case)
+    streams = any(re.fullmatch(r"img\d+_txt\d+", key) for key in case)
     decoded = bool(items) and isinstance(items, list) and "payload" in items[0]
     return streams or decoded or any(key in case for key in KNOWN)
