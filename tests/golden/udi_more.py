@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from core.evaluate.knn import knn as weighted_knn
 from core.evaluate.last_layers import class_features, last_attention, last_layers
 from core.evaluate.linear import cosine_lr, train_linear
 from core.methods.udi import Udi, UdiModel, UdiOptions
+from core.models.clip import set_norm_eps
 from core.models.drop_path import SampleDropPath
 from core.models.init import rescale_branches
 from core.models.srs import SampledBackbone
@@ -47,12 +49,19 @@ def vit(state: Mapping[str, Tensor], heads: int, num_classes: int = 0) -> Vision
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     return VisionTransformer(
         side * patch, patch, num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads,
-        mlp_ratio=hidden / dim, reg_tokens=prefix - 1, global_pool="token",
+        mlp_ratio=hidden / dim, reg_tokens=prefix - 1, qkv_bias="blocks.0.attn.qkv.bias" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        global_pool="avg" if "fc_norm.weight" in state else "token",
     )  # fmt: skip
 
 
+def timm_name(name: str) -> str:
+    """Layer scales are named otherwise by the release."""
+    return re.sub(r"gamma_([12])$", r"ls\1.gamma", name)
+
+
 def plain_vit(case: Case) -> VisionTransformer:
-    state = {name: tensor(array) for name, array in case.below("param/").items()}
+    state = {timm_name(name): tensor(array) for name, array in case.below("param/").items()}
     model = vit(state, int(case["num_heads"]), len(state.get("head.bias", ())))
     model.double().load_state_dict(state, strict=True)
     return model.eval()
@@ -63,6 +72,7 @@ def vit_wrapper(case: Case) -> Checks:
     inner = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
     model = SampledBackbone(vit(inner, int(case["num_heads"])), int(case["num_heads"])).double().eval()
     model.load_state_dict(state, strict=True)
+    set_norm_eps(model, float(case["eps"]))
     images = {name: tensor(case[f"img_{name}"]) for name in ("global", "local", "rect")}
     maps = tensor(case["map"])
     cls, patches = model(images["global"], maps.transpose(0, 1).flatten(1, 2))
@@ -74,8 +84,9 @@ def vit_wrapper(case: Case) -> Checks:
     yield "forward", cls, case["forward"], 1e-8
     for name in ("global", "local"):
         yield f"tokens_{name}", embed(model.backbone, images[name]), case[f"tokens_{name}"], 1e-8
-    for i, layer in enumerate(last_layers(model.backbone, images["global"], 2)):
-        yield f"inter_last2_{i}", layer, case[f"inter_last2_{i}"], 1e-8
+    layers = sorted(key for key in case if key.startswith("inter_last"))
+    for name, layer in zip(layers, last_layers(model.backbone, images["global"], len(layers)), strict=True):
+        yield name, layer, case[name], 1e-8
     yield "last_attn", last_attention(model.backbone, images["global"]), case["last_attn"], 1e-8
 
 
@@ -143,14 +154,15 @@ def clip_per_param(case: Case) -> Checks:
     yield "norms", norms, case["norms"], 1e-6
     for name in names:
         yield f"after/{name}", grads[name], case[f"after/{name}"], 1e-6
-    for epoch in (0, 1):
-        yield f"cancelled_epoch{epoch}", _last_layer_waits(epoch), bool(case[f"cancelled_epoch{epoch}"]), 0.0
+    rest = {"freeze_epochs": int(case["freeze_last_layer"])} if "freeze_last_layer" in case else {}
+    for epoch, cancelled in case.below("cancelled_epoch").items():
+        yield f"cancelled_epoch{epoch}", _last_layer_waits(int(epoch), **rest), bool(cancelled), 0.0
 
 
-def _last_layer_waits(epoch: int) -> bool:
-    """Whether an optimiser step of this epoch leaves the last layer alone."""
+def _last_layer_waits(epoch: int, **rest: int) -> bool:
+    """Whether an optimiser step of this epoch leaves the last layer alone. rest: freeze_epochs, else the default."""
     torch.manual_seed(0)
-    method = udi(UdiOptions(bottleneck=4, out=8, hidden=6), steps=200, epochs=100)
+    method = udi(UdiOptions(bottleneck=4, out=8, hidden=6, **rest), steps=200, epochs=100)
     method.epoch_steps = 2
     small = VisionTransformer(16, 8, num_classes=0, embed_dim=8, depth=1, num_heads=2, reg_tokens=1)
     module = UdiModel(SampledBackbone(small, 2), ProjectionHead(8, 6, 4, 8, True))
@@ -238,7 +250,7 @@ def linear_probe(case: Case) -> Checks:
 
 
 def layer_decay_ft(case: Case) -> Checks:
-    model, names = plain_vit(case), [str(name) for name in case["names"]]
+    model, names = plain_vit(case), [timm_name(str(name)) for name in case["names"]]
     groups = layer_groups(model.named_parameters(), float(case["weight_decay"]), float(case["layer_decay"]))
     found = {name: group for group in groups for name in group["names"]}
     yield "lr_scale", [found[name]["lr_scale"] for name in names], case["lr_scale"], 1e-12
@@ -268,6 +280,6 @@ def davis_propagation(case: Case) -> Checks:
     out = propagate(tensor(case["feat_target"]), tensor(case["feat_context"]).transpose(1, 2), labels,
                     topk=int(case["topk"]), radius=radius, temperature=float(case["temperature"]))  # fmt: skip
     yield "seg_out", out.unsqueeze(0), case["seg_out"], 1e-6
-    near = neighbourhood(*labels.shape[-2:], radius)
+    near = neighbourhood(*labels.shape[-2:], radius) if radius else torch.ones(case["neighborhood_mask"].shape)
     yield "neighborhood_mask", near.int(), case["neighborhood_mask"].astype(np.int32), 0.0
     yield "norm_mask", stretch(out), case["norm_mask"], 1e-6

@@ -20,6 +20,7 @@ from core.engine import Engine
 from core.losses_udi import LEVELS
 from core.methods.base import Batch
 from core.methods.udi import Udi, UdiOptions
+from core.models.clip import set_norm_eps
 from core.plain import PlainEngine
 from tests.golden.udi_more import released_module
 from tests.ranks import run_ranks
@@ -123,6 +124,7 @@ def _module(case: Case) -> nn.Module:
     train_gain = not bool(case["norm_last_layer"])
     module = released_module(state, int(case["heads"]), int(case["srs_heads"]), train_gain)
     module.load_state_dict(state, strict=True)
+    set_norm_eps(module, float(case["eps_ln"]))
     return module
 
 
@@ -165,7 +167,10 @@ def _gradients(case: Case, at: str, module: nn.Module) -> dict[str, np.ndarray]:
     grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     zero = torch.zeros(())
     out = {f"{at}grad/{n}": g.detach().clone().numpy() for n, g in grads.items()}
-    norms = [float(grads.get(str(name), zero).norm()) for name in case["param_order"]]
+    names = [str(name) for name in case["param_order"]]
+    if len(case[f"{at}grad_norms"]) < len(names):  # recorded without the frozen ones
+        names = [name for name in names if name in grads]
+    norms = [float(grads.get(name, zero).norm()) for name in names]
     return out | {f"{at}grad_norms": np.array(norms)}
 
 

@@ -94,8 +94,10 @@ def views_geometry(case: Case) -> Checks:
         for edge in edges[2 : 2 + count]
     ]
     sources = [pair[way][0] for way in (0, 1) for pair in small]  # upstream: all of one way, then all of the other
-    yield "src_maps_local", torch.cat(sources), case["src_maps_local"], 2e-5
-    yield "tgt_maps_local", torch.cat([target for pair in small for _, target in pair]), case["tgt_maps_local"], 2e-5
+    targets = [target for pair in small for _, target in pair]
+    if small:
+        yield "src_maps_local", torch.cat(sources), case["src_maps_local"], 2e-5
+        yield "tgt_maps_local", torch.cat(targets), case["tgt_maps_local"], 2e-5
 
 
 # ---- networks
@@ -151,7 +153,7 @@ def loss(case: Case) -> Checks:
         for i, level in enumerate(levels):
             rows = given[f"{at}student_g{i}"]
             student[level] = rows.unflatten(1, (2, batch))[0] if level == "patch" else rows.view(2, batch, -1)
-            if f"{at}student_l{i}" in given:
+            if count and f"{at}student_l{i}" in given:
                 student[f"local_{level}"] = given[f"{at}student_l{i}"].view(count, batch, -1)
         index = len(levels) - 1
         rows = _teacher(case, at, f"g{index}", f"l{index}", "teacher_mask_", patch, mixed)
@@ -196,10 +198,12 @@ def _teacher(
     return combine(cls, positions, local, weight, w_local, float(case["alpha"]), mixed)
 
 
-def center_2rank(case: Case) -> Checks:
+def center(case: Case) -> Checks:
+    """Levels by number: class token, then patches, with the second class token between them."""
     centre = _centre(case)
-    world = int(case["world"])
-    means = [_teacher(case, f"r{rank}/", "g2", "l2", "mask_", True, True)["means"] for rank in range(world)]
+    last = len(case["center_init"]) - 1
+    means = [_teacher(case, f"r{rank}/", f"g{last}", f"l{last}", "mask_", last > 0, last > 1)["means"]
+             for rank in range(int(case["world"]))]  # fmt: skip
     centre.update(torch.stack(means), float(case["center_momentum"]))
     yield "center", centre.center, case["center"], 1e-6
 
@@ -208,6 +212,9 @@ def center_2rank(case: Case) -> Checks:
 
 
 def schedules(case: Case) -> Checks:
+    if "hp_lr" not in case:
+        yield from schedules_finetune(case)
+        return
     hp = {name: float(value) for name, value in case.below("hp_").items()}
     steps = int(hp["epochs"] * hp["niter"])
     curves = {
@@ -246,7 +253,7 @@ UNITS: dict[str, Unit] = {
     "views_geometry": views_geometry,
     "head": head,
     "loss": loss,
-    "center": center_2rank,
+    "center": center,
     "schedules": schedules,
     "schedules_finetune": schedules_finetune,
 } | {
