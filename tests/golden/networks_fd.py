@@ -71,7 +71,7 @@ def plain_vit(
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     args = {"img_size": img_size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads,
-            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim}  # fmt: skip
+            "mlp_ratio": (state["blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / dim}  # fmt: skip
     args |= {} if norm_eps is None else {"norm_eps": norm_eps}
     return loaded(create(name, args, None, "teacher"), dict(state))
 

@@ -91,7 +91,8 @@ def accuracy_search(case: Case) -> Checks:
     yield from _statistics(case, data)
     labels = tuple(torch.from_numpy(case[f"y_{part}"]) for part in ("train", "val", "test"))
     strengths = [float(c) for c in case["C_grid"]]
-    yield relative("C_grid", finegrained.STRENGTHS[: len(strengths)], strengths, 2e-6)
+    if len(strengths) == len(finegrained.STRENGTHS):  # a case may search another grid
+        yield relative("C_grid", finegrained.STRENGTHS, strengths, 2e-6)
     found = finegrained.transfer(data, labels, str(case["metric"]), strengths)
     in_samples = len(case["y_val"]) / 100, len(case["y_test"]) / 100
     gaps = np.abs(np.array(found.val_scores) - case["val_scores"]) * in_samples[0]
@@ -110,6 +111,11 @@ def voc_map(case: Case) -> Checks:
     yield relative("map", finegrained.METRICS[str(case["metric"])](labels, scores), case["map"], 2e-6)
 
 
+def finegrained_transfer(case: Case) -> Checks:
+    """A transfer case by what it recorded: a search over strengths, or given scores."""
+    yield from (accuracy_search if "C_grid" in case else voc_map)(case)
+
+
 # -- dense prediction -----------------------------------------------------------------------------------------------
 
 
@@ -121,10 +127,10 @@ def dense_backbone(case: Case) -> Checks:
     indices = [int(i) for i in case["out_indices"]]
     model = DenseBackbone(dim, depth_, int(case["heads"]), state["blocks.0.mlp.fc1.weight"].shape[0], patch,
                           (sides[1], sides[1]), indices).double().eval()  # fmt: skip
-    yield "converted_keys", list(to_dense(state)), case["converted_keys"], 0.0
+    yield "converted_keys", sorted(to_dense(state)), sorted(case["converted_keys"]), 0.0
     loaded = model.load_vit(state, (sides[0], sides[0]))
-    yield "missing", loaded.missing, case["missing"], 0.0
-    yield "unexpected", loaded.unexpected, case["unexpected"], 0.0
+    yield "missing", sorted(loaded.missing), sorted(case["missing"]), 0.0
+    yield "unexpected", sorted(loaded.unexpected), sorted(case["unexpected"]), 0.0
     yield relative("pos_embed_resized", model.pos_embed, case["pos_embed_resized"], 2e-6)
     with torch.no_grad():
         for i, maps in enumerate(model(tensor(case["x"]))):
@@ -211,16 +217,17 @@ def depth_metric(case: Case) -> Checks:
 UNITS: dict[str, Unit] = {
     "knn": knn,
     "linear_probe": linear_probe,
-    "imagenet_eval_transform": eval_transform,
+    "imagenet_eval": eval_transform,
+    "finegrained": finegrained_transfer,
     "finegrained_accuracy": accuracy_search,
-    "finegrained_split_transform": split_transform,
-    "finegrained_voc_map": voc_map,
+    "finegrained_split": split_transform,
+    "finegrained_voc": voc_map,
     "dense_backbone": dense_backbone,
-    "dense_lr_schedule": dense_lr_schedule,
+    "dense_lr": dense_lr_schedule,
     "seg_layer_decay": seg_layer_decay,
     "slide": slide,
     "depth_param_groups": depth_param_groups,
-    "dpt_depth_head": dpt_head,
-    "silog_loss": silog_loss,
+    "dpt": dpt_head,
+    "silog": silog_loss,
     "depth_metric": depth_metric,
 }

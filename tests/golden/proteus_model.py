@@ -19,6 +19,7 @@ from tests.golden.towers import info_of, layout_of, tower
 
 HEADS = {"token": "token_head", "feature": "fea_head", "patch": "patch_head"}
 TEACHER = "teacher"
+CLIP_PARTS = ("transformer.", "conv1.", "class_embedding", "positional_embedding", "ln_")  # also of a selection
 Arrays = dict[str, Any]
 
 
@@ -46,7 +47,7 @@ def in_product(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def named_backbone(named: Mapping[str, Any]) -> dict[str, Any]:
     prefix = "student.backbone."
     out = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
-    clip = any(key.startswith("transformer.") for key in out)
+    clip = any(key.startswith(CLIP_PARTS) for key in out)
     return {"class_embedding": None} if clip else out
 
 

@@ -79,6 +79,7 @@ def groups_finetune(case: Case) -> Checks:
 
 
 LARGE = 2000  # elements from which a deviation tells the distribution
+CONSTANT = 1e-12  # deviation below which a tensor has one value, but for rounding
 DRAWN = 4  # networks whose deviations are averaged, which leaves the noise of the recorded one alone
 
 
@@ -92,9 +93,9 @@ def init_stats(case: Case) -> Checks:
     yield "numel", [p.numel() for p in mine], case["numel"], 0.0
     for i, (name, parameter) in enumerate(zip(names, mine, strict=True)):
         p, std = parameter.detach().double(), float(case["std"][i])
-        if std == 0:
+        if std < CONSTANT:
             for key, value in (("mean", p.mean()), ("min", p.min()), ("max", p.max())):
-                yield f"{key} of {name}", value, case[key][i], 1e-8
+                yield f"{key} of {name}", value, case[key][i], 1e-7
         else:
             yield f"mean of {name}", p.mean(), case["mean"][i], 6e-2
             if p.numel() >= LARGE:
@@ -156,7 +157,8 @@ def lr_finetune(case: Case) -> Checks:
     hp = meta(case)
     options = FinetuneOptions(warmup_lr=hp["warmup_lr"], layer_decay=hp["layer_decay"])
     method = Finetune(options, _settings(hp), hp["epochs"] * hp["iters_per_epoch"])
-    parts = ["cls_token", *(f"blocks.{i}.gamma_1" for i in range(hp["depth"])), "norm.bias"]
+    depth = hp["depth"] if "depth" in hp else sum(hp["depths"])
+    parts = ["cls_token", *(f"blocks.{i}.gamma_1" for i in range(depth)), "norm.bias"]
     groups = layer_groups([(name, nn.Parameter(torch.zeros(1))) for name in parts], 0.0, hp["layer_decay"])
     scales = [group["lr_scale"] for group in groups]
     yield "scales", scales, case["scales"], 1e-12

@@ -47,7 +47,7 @@ def _distil(case: Case, stage: int | None) -> Arrays:
     """One rank of the distillation. A batch is cut into as many micro-batches as there are ranks, or, where the case
     accumulates, each recorded batch is one micro-batch."""
     hp, comm = meta(case), Comm(torch.device("cpu"))
-    each, every = case["batches"].shape[1], max(hp["accumulation"], 1)
+    each, every = case["batches"].shape[1], max(hp.get("accumulation", 0), 1)
     micro = each if every > 1 else each // comm.world
     (per_epoch, leftover), decoder = divmod(hp["iters_per_epoch"], every), params(case, "init/decoder.0.")
     settings = _settings(hp, each * every, micro, per_epoch)
@@ -55,7 +55,8 @@ def _distil(case: Case, stage: int | None) -> Arrays:
     method = Fd(options, settings, hp["epochs"] * per_epoch)
     method.epoch_steps = per_epoch
     state = to_timm(params(case, "init/feature_model."), "timm")
-    teacher_net = plain_vit(state, int(re.search(r"heads(\d+)", hp["teacher"])[1]), hp["img_size"])
+    heads, eps = (re.search(pattern, hp["teacher"]) for pattern in (r"heads *(\d+)", r"eps *=? *([\d.e-]+)"))
+    teacher_net = plain_vit(state, int(heads[1]), hp["img_size"], norm_eps=float(eps[1]) if eps else None)
     info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
     teacher_info = describe(state["cls_token"].shape[-1], 0, hp["patch_size"], hp["img_size"])
     teacher = FrozenTeacher(Teacher(name="teacher", weights="random"), teacher_net, teacher_info, info).to(
@@ -159,7 +160,7 @@ def _settings(hp: dict[str, Any], batch: int, micro: int, per_epoch: int) -> Tra
     betas = tuple(hp.get("betas", (0.9, 0.999)))
     return Train(batch=batch, micro_batch=micro, lr=hp["base_lr"], lr_batch=0, min_lr=hp["min_lr"],
                  warmup_steps=hp["warmup_epochs"] * per_epoch, weight_decay=hp["weight_decay"],
-                 betas=betas, eps=hp.get("eps", 1e-8), clip=hp["clip_grad"], precision="fp32")  # fmt: skip
+                 betas=betas, eps=hp.get("eps", 1e-8), clip=hp.get("clip_grad") or 0.0, precision="fp32")  # fmt: skip
 
 
 def _dtype(stage: int | None) -> torch.dtype:

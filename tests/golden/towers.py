@@ -36,7 +36,7 @@ def tower(state: Mapping[str, Tensor], heads: int, layout: str | None = None, im
     gated: dict[str, Any] = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if hidden == 2 * back else {}
     side = math.isqrt(own["pos_embed"].shape[1] - 1)
     model = VisionTransformer(
-        img_size or side * patch, patch, num_classes=0, embed_dim=dim, num_heads=heads, mlp_ratio=hidden / dim,
+        img_size or side * patch, patch, num_classes=0, embed_dim=dim, num_heads=heads, mlp_ratio=(hidden + 0.5) / dim,
         depth=len({key.split(".")[1] for key in own if key.startswith("blocks.")}),
         init_values=1.0 if "blocks.0.ls1.gamma" in own else None, **gated, **(CLIP if layout == "clip" else {}),
     )  # fmt: skip

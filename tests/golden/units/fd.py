@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ def clip_teacher_fwd(case: Case) -> Checks:
 
 def vit_teacher_fwd(case: Case) -> Checks:
     hp = meta(case)
-    model = plain_vit(to_timm(params(case), "dino"), hp["num_heads"], hp["img_size"], norm_eps=hp["norm_eps"])
+    model = plain_vit(to_timm(params(case), "dino"), hp["num_heads"], hp["img_size"], norm_eps=hp.get("norm_eps"))
     info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"])
     features = FrozenTeacher(Teacher(name="vit_base_patch16_224", weights="random"), model, info, info)(
         tensor(case["x"])
@@ -200,13 +201,14 @@ def _interpolation(hp: dict[str, Any]) -> str:
 
 def pretrain_transform(case: Case) -> Checks:
     hp = meta(case)
-    y = pillow.train_pil(_image(case), hp["i_j_h_w"], hp["flip"], hp["size"], _interpolation(hp))
+    norm = hp.get("mean", "imagenet")
+    y = pillow.train_pil(_image(case), hp["i_j_h_w"], hp["flip"], hp["size"], _interpolation(hp), norm)
     yield "y", y, case["y"], 1e-6
 
 
 def eval_transform(case: Case) -> Checks:
     hp = meta(case)
-    y = pillow.eval_pil(_image(case), hp["size"], hp["resize"], _interpolation(hp), hp["mean"])
+    y = pillow.eval_pil(_image(case), hp["size"], hp.get("resize", 0), _interpolation(hp), hp.get("mean", "clip"))
     yield "y", y, case["y"], 1e-6
 
 
@@ -218,7 +220,8 @@ def rrc_tf_style(case: Case) -> Checks:
     low, high = np.log(hp["ratio"])
     start, end = hp["scale"]
     places = (np.stack([columns["top_draw"], columns["left_draw"]], 1) + 0.5) / (sizes - crop + 1)
-    u = np.stack([(columns["area_fraction"] - start) / (end - start), (columns["log_aspect"] - low) / (high - low)], 1)
+    spans = (end - start) or 1.0, (high - low) or 1.0  # a range of one value draws nothing
+    u = np.stack([(columns["area_fraction"] - start) / spans[0], (columns["log_aspect"] - low) / spans[1]], 1)
     boxes = pillow.clipped_boxes(sizes, np.concatenate([u, places], 1), tuple(hp["scale"]), tuple(hp["ratio"]))
     yield "ijhw", boxes, case["ijhw"], 0.0
 
@@ -268,8 +271,9 @@ def landscape_tiny(case: Case) -> Checks:
     for number in (1, 2):
         raw = params(case, f"raw{number}/")
         directions.append(landscape.filter_normalised({k: raw[n] for k, n in names.items()}, weights))
-    yield "dir1_head", directions[0]["head.weight"], case["dir1_head"], 1e-10
-    yield "dir1_patch", directions[0]["encoder.patch_embed.proj.weight"], case["dir1_patch"], 1e-10
+    parts = {"head": "head.weight", "patch": "encoder.patch_embed.proj.weight"}
+    for key in (key for key in case if re.fullmatch(r"dir\d_(head|patch)", key)):
+        yield key, directions[int(key[3]) - 1][parts[key[5:]]], case[key], 1e-10
     measure = landscape.classification(tensor(case["x"]), tensor(case["y"]))
     wrapped = _OnImages(model)
     moved = tuple({f"model.{name}": value for name, value in each.items()} for each in directions)
@@ -294,7 +298,8 @@ def linear_probe_steps(case: Case) -> Checks:
     with torch.no_grad():
         model.linear.weight.copy_(weight)
         model.linear.bias.copy_(tensor(case["bias0"]))
-    batches = [(tensor(x), tensor(y), hp["lr"]) for x, y in zip(case["x"], case["y"], strict=True)]
+    rates = np.broadcast_to(hp["lr"], len(case["x"])).tolist()  # one for all steps, or one each
+    batches = [(tensor(x), tensor(y), lr) for x, y, lr in zip(case["x"], case["y"], rates, strict=True)]
     settings = {"weight_decay": hp["weight_decay"], "momentum": hp["momentum"], "trust": hp["trust"]}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     for count in range(1, len(batches) + 1):
@@ -332,7 +337,7 @@ UNITS: dict[str, Unit] = {
     "mixup_cutmix": mixup_cutmix,
     "diag_attention": diag_attention,
     "landscape": landscape_tiny,
-    "linear_probe_steps": linear_probe_steps,
+    "linear_probe": linear_probe_steps,
     "groups_pretrain": elsewhere("rules_fd", "groups_pretrain"),
     "groups_finetune": elsewhere("rules_fd", "groups_finetune"),
     "init_stats": elsewhere("rules_fd", "init_stats"),
