@@ -21,13 +21,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"file://{tmp_path_factory.mktemp('recipes')}"
 
 
-def _train(recipe: Recipe, root: str) -> list[dict[str, Any]]:
+def _train(recipe: Recipe, root: str, folder: str = "", stop_after: int = 0) -> list[dict[str, Any]]:
     from core.storage import open_store
     from core.train import Outcome, train
 
     rows: list[dict[str, Any]] = []
-    run = open_store(f"{root}/runs/{recipe.name}")
-    assert train(recipe, run, root, 1, rows.append, lambda: False) is Outcome.FINISHED
+    run = open_store(f"{root}/runs/{folder or recipe.name}")
+    outcome = train(recipe, run, root, 1, rows.append, lambda: 0 < stop_after <= len(rows))
+    assert outcome is (Outcome.PREEMPTED if stop_after else Outcome.FINISHED)
     return rows
 
 
@@ -71,6 +72,24 @@ def test_bf16_follows_fp32(name: str, rows_of: Callable[..., Any]) -> None:
                   for rows in (rows_of(name), rows_of(name, "train.precision=fp32", f"name={name}-fp32")))  # fmt: skip
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["dime-fm-b32", "udi-s"])
+def test_a_run_stopped_on_two_ranks_goes_on_as_if_nothing_had_been_on_one(name: str, root: str, rows_of: Any) -> None:
+    """The stream of sentences, averages, centres and the last layer's own count of steps come back."""
+    short = ("train.precision=fp32", "train.steps=8", "train.batch=16", f"name={name}-short")
+    if name == "udi-s":
+        short += ("data.share=0.05",)  # so that the last layer's frozen epoch ends on the way
+    whole = {row["step"]: row["loss"] for row in rows_of(name, *short) if "loss" in row}
+    from core.methods.base import complete
+
+    recipe = complete(load(name, "smoke", ["log.tensorboard=false", *short]))
+    run_ranks(_train, 2, recipe, root, f"{name}-stopped", 3)
+    resumed = {row["step"]: row["loss"] for row in run_ranks(_train, 1, recipe, root, f"{name}-stopped")[0]
+               if "loss" in row}  # fmt: skip
+    assert min(resumed) > 3
+    assert max(resumed) == 8
+    assert list(resumed.values()) == pytest.approx([whole[step] for step in resumed], rel=1e-4)
 
 
 def test_the_smoke_profile_changes_sizes_counts_and_weights_only() -> None:
