@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.comm import Comm
-from core.engine import KINDS, Engine
+from core.engine import Engine
+from core.fragments import KINDS
 from core.manifest import CheckpointError, Manifest, Position, Slice, commit, committed, folder, keys, read
 from core.storage import MissingObject, Store, crc32c
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.adamw import ClippedAdamW
 from core.config import ConfigError, Train
+from core.fragments import SHARDINGS, Fragment
 from core.methods.base import Batch, external_parameters
-from core.optim import clip_per_parameter
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
 Rate = Callable[[float], float]  # lr_scale of a group -> its learning rate
 
 
@@ -53,16 +52,6 @@ def shutdown() -> None:
     """Leave the process group; a rank that ends without it may abort at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A run of one parameter's flattened elements that this rank owns."""
-
-    name: str
-    start: int  # first element, in the flattened parameter
-    numel: int
-    view: Callable[[str], Tensor]  # kind -> flat fp32 view of the optimiser's memory
 
 
 class Engine:
@@ -99,7 +88,7 @@ class Engine:
             optimizer=self.adam,
             config=_ds_config(settings, zero_stage, self.accumulation, per_parameter_clip),
         )
-        self._fragments = _SHARDINGS[zero_stage](self)
+        self._fragments = SHARDINGS[zero_stage](self)
         self.adam.locate(self._fragments, sharded=zero_stage > 0)
 
     @property
@@ -220,156 +209,3 @@ class _Reached:
         if self._missing:
             names = ", ".join(sorted(self._missing))
             raise ValueError(f"no gradient reaches {names}: the method's build must set requires_grad False for these")
-
-
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that bounds each parameter's own gradient norm first, also when ZeRO has cut parameters into fragments.
-
-    A group is left alone for its first `frozen_steps`: no decay, no moments, and bias correction counts from there.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], settings: Train, clip: float, fused: bool) -> None:
-        groups = [{"frozen_steps": 0, **group} for group in groups]
-        super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
-        self.clip, self.fused, self.taken = clip, fused, 0
-        self._owned: dict[int, list[tuple[int, int, int]]] = {}  # id(flat) -> (offset, numel, parameter number)
-        self._count, self._sharded = 0, False
-
-    def locate(self, fragments: Any, sharded: bool) -> None:
-        self._owned, self._count, self._sharded = fragments.layout(), fragments.count, sharded
-
-    def start(self, flat: Tensor, step: int) -> None:
-        """Moments of zero, for a parameter that has been stepped so many times."""
-        state = self.state[flat]
-        state["step"] = torch.tensor(float(step), device=flat.device if self.fused else "cpu")
-        for kind in MOMENTS:
-            state[kind] = torch.zeros_like(flat.data)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for flat in group["params"] if self.taken < group["frozen_steps"] else ():
-                flat.grad = None
-                if not self.state[flat]:  # so that it can be saved like any other
-                    self.start(flat, 0)
-        if self.clip > 0:
-            flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if self._sharded and flats:
-                self._clip_fragments(flats)
-            else:
-                clip_per_parameter([p.grad for p in flats], self.clip)
-        return super().step(closure)
-
-    def _clip_fragments(self, flats: list[Tensor]) -> None:
-        pieces = [
-            (number, p.grad.view(-1).narrow(0, offset, numel))
-            for p in flats
-            if p.grad is not None
-            for offset, numel, number in self._owned[id(p)]
-        ]
-        device = flats[0].device
-        squares = torch.zeros(self._count, device=device)
-        for number, grad in pieces:
-            squares[number] += grad.float().square().sum()
-        dist.all_reduce(squares)
-        factors = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for number, grad in pieces:
-            grad.mul_(factors[number])
-
-
-class _Whole:
-    """Stage 0: every rank holds everything; for saving, parameters are dealt out to ranks by size."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.named = [(n, p) for n, p in engine.ds.module.named_parameters() if p.requires_grad]
-        self.count = len(self.named)
-
-    def flats(self) -> list[tuple[Tensor, int]]:
-        return [(p, i) for i, group in enumerate(self.engine.adam.param_groups) for p in group["params"]]
-
-    def layout(self) -> dict[int, list[tuple[int, int, int]]]:
-        return {}
-
-    def fragments(self) -> list[Fragment]:
-        state = self.engine.adam.state
-
-        def view(parameter: nn.Parameter) -> Callable[[str], Tensor]:
-            return lambda kind: (parameter.data if kind == "weight" else state[parameter][kind]).view(-1)
-
-        return [Fragment(name, 0, p.numel(), view(p)) for name, p in self.named]
-
-    def refresh(self) -> None:
-        pass
-
-
-class _Partitioned:
-    """Stages 1 and 2: each group is one flat vector cut by rank; `_hp_mapping` says which elements are whose."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.zero = engine, engine.ds.optimizer
-        self.pieces = list(self._pieces())
-        self.count = len(engine.shapes)
-
-    def _pieces(self) -> Iterator[tuple[str, int, int, Tensor, int]]:
-        """(name, start in the parameter, numel, flat partition, offset in it) of what this rank owns."""
-        for group, parameters in enumerate(self.zero.bit16_groups):
-            flat = self.zero.single_partition_of_fp32_groups[group]
-            for parameter in parameters:
-                if parameter._hp_mapping is not None:
-                    inside, own = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
-                    yield self.engine._names[id(parameter)], inside.start, inside.numel, flat, own.start
-
-    def flats(self) -> list[tuple[Tensor, int]]:
-        """Flat vectors with the numbers of their parameter groups."""
-        return [(flat, group) for group, flat in enumerate(self.zero.single_partition_of_fp32_groups)]
-
-    def layout(self) -> dict[int, list[tuple[int, int, int]]]:
-        number = {name: i for i, name in enumerate(self.engine.shapes)}
-        out: dict[int, list[tuple[int, int, int]]] = {id(flat): [] for flat, _ in self.flats()}
-        for name, _, numel, flat, offset in self.pieces:
-            out[id(flat)].append((offset, numel, number[name]))
-        return out
-
-    def fragments(self) -> list[Fragment]:
-        state = self.engine.adam.state
-
-        def view(flat: Tensor, offset: int, numel: int) -> Callable[[str], Tensor]:
-            return lambda kind: (flat.data if kind == "weight" else state[flat][kind]).narrow(0, offset, numel)
-
-        return [Fragment(name, start, n, view(flat, offset, n)) for name, start, n, flat, offset in self.pieces]
-
-    def refresh(self) -> None:
-        self.zero.update_lp_params()
-
-
-class _Sharded(_Partitioned):
-    """Stage 3: every parameter is cut by rank; sub-groups of partitions lie in flat fp32 vectors."""
-
-    def _pieces(self) -> Iterator[tuple[str, int, int, Tensor, int]]:
-        rank = dist.get_rank()
-        flats = self.zero.fp32_partitioned_groups_flat
-        for name, parameter in self.engine.ds.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = (
-                parameter.ds_tensor.ds_numel
-                if hasattr(parameter.ds_tensor, "ds_numel")
-                else parameter.ds_tensor.numel()
-            )
-            start = rank * part
-            numel = min(part, parameter.ds_numel - start)
-            group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            if numel > 0:
-                yield name, start, numel, flats[group], offset
-
-    def flats(self) -> list[tuple[Tensor, int]]:
-        return list(zip(self.zero.fp32_partitioned_groups_flat, self.zero.sub_group_to_group_id.values(), strict=True))
-
-    def refresh(self) -> None:
-        for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
-            self.zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
-            self.zero._unflatten_partitioned_parameters(group)
-
-
-_SHARDINGS: dict[int, type] = {0: _Whole, 1: _Partitioned, 2: _Partitioned, 3: _Sharded}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import Train
-from core.engine import Fragment, Rate
+from core.engine import Rate
+from core.fragments import Fragment
 from core.methods.base import Batch
 from core.optim import clip_per_parameter
 

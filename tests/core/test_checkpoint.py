@@ -15,7 +15,8 @@ from core import checkpoint, manifest
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.config import Recipe, Train, fingerprint
-from core.engine import KINDS, Engine
+from core.engine import Engine
+from core.fragments import KINDS
 from core.manifest import CheckpointError, Position
 from core.methods.base import Batch
 from core.storage import FileStore, Store, StoreError, open_store

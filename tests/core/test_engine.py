@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import ConfigError, Train
-from core.engine import KINDS, Engine, check_precision, pick_device
+from core.engine import Engine, check_precision, pick_device
+from core.fragments import KINDS
 from core.methods.base import Batch
 from core.plain import PlainEngine
 from tests.ranks import run_ranks

@@ -44,6 +44,11 @@ class Case(Mapping[str, Any]):
 Unit = Callable[[Case], Iterable[Check]]
 
 
+def elsewhere(module: str, name: str) -> Unit:
+    """A unit of another module of this package, imported when a case needs it."""
+    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
+
+
 @dataclass(frozen=True)
 class Result:
     """What became of one case."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from core.models.weights import load_strict, to_timm
 from core.optim import decay_groups
 from core.schedules import unshifted_cosine
 from tests.golden.networks import tensor
-from tests.golden.runner import Case, Check, Unit
+from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
 VIT, SWIN = "vit_base_patch32_clip_quickgelu_224", "swin_tiny_patch4_window7_224"
@@ -272,11 +271,6 @@ def tokenizer(case: Case) -> Checks:
     ids = tokenize([str(text) for text in case["texts"]], case["ids"].shape[1])
     yield "ids", ids, case["ids"], 0.0
     yield "argmax_position", pool_position(ids), case["argmax_position"], 0.0
-
-
-def elsewhere(module: str, name: str) -> Unit:
-    """A unit of another module, imported when a case needs it."""
-    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
 
 
 UNITS: dict[str, Unit] = {

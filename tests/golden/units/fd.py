@@ -26,7 +26,7 @@ from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from tests.golden.networks import tensor
 from tests.golden.networks_fd import CLIP, SWIN, beit, describe, loaded, meta, params, plain_vit, sides, student, swin
-from tests.golden.runner import Case, Check, Unit
+from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
 
@@ -311,11 +311,6 @@ def linear_probe_steps(case: Case) -> Checks:
     yield "running_mean", model.norm.running_mean, case["running_mean"], 1e-11
     yield "running_var", model.norm.running_var, case["running_var"], 1e-11
     yield "eval_logits", model(batches[0][0]), case["eval_logits"], 1e-11
-
-
-def elsewhere(module: str, name: str) -> Unit:
-    """A unit of another module, imported when a case needs it."""
-    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
 
 
 UNITS: dict[str, Unit] = {

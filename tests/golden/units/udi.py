@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +15,7 @@ from core.models.srs import SampledAttention, dense_maps
 from core.models.udi_heads import Centre, ProjectionHead
 from core.schedules import warmup_cosine
 from tests.golden.networks import tensor
-from tests.golden.runner import Case, Check, Unit
+from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
 
@@ -236,11 +235,6 @@ def schedules_finetune(case: Case) -> Checks:
         warmup = int(warmup_steps if warmup_steps > 0 else warmup_epochs * per_epoch)
         curve = [warmup_cosine(i, base=base, final=final, steps=steps, warmup=warmup) for i in range(steps)]
         yield name, curve, case[name], 1e-10
-
-
-def elsewhere(module: str, name: str) -> Unit:
-    """A unit of another module, imported when a case needs it."""
-    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
 
 
 UNITS: dict[str, Unit] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,7 +20,7 @@ from core.optim import clip_per_parameter, decay_groups
 from core.schedules import warmup_cosine
 from core.stats import RunningStats, merge_moments, moments, standardise
 from tests.golden.networks import tensor, vit_from
-from tests.golden.runner import Case, Check, Unit
+from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
 
@@ -270,11 +269,6 @@ def split_trainval(case: Case) -> Checks:
 def center_pad(case: Case) -> Checks:
     rows = [views.center_pad(height, width, multiple) for multiple, height, width in case["in.multiple_h_w"].tolist()]
     yield "out.h_w_top_bottom_left_right", rows, case["out.h_w_top_bottom_left_right"], 0.0
-
-
-def elsewhere(module: str, name: str) -> Unit:
-    """A unit of another module, imported when a case needs it."""
-    return lambda case: getattr(importlib.import_module(f"tests.golden.{module}"), name)(case)
 
 
 UNITS: dict[str, Unit] = {
