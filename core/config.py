@@ -185,6 +185,8 @@ class Recipe:
                 start = Method() if afresh else getattr(self, part)
                 overlay = Overlay(values, self.name, prefix=f"stages.{name}.{part}")
                 parts[part] = to_object(merge(OmegaConf.structured(start), kind, overlay))
+        if "student" in parts:
+            parts["student"] = known.fill(parts["student"])
         return dataclasses.replace(self, **parts)
 
 
@@ -256,6 +258,9 @@ def check(recipe: Recipe) -> None:
     for stage in recipe.stage_names():
         prefix = f"stages.{stage}" if recipe.stages else "train"
         flat |= _check_stage(recipe.stage(stage), prefix)
+        own = recipe.at(stage)
+        parts = recipe.stages.get(stage, {}).keys() & PARTS.keys()
+        flat |= flatten({f"{prefix}.{part}": dataclasses.asdict(getattr(own, part)) for part in parts})
     for key, value in flat.items():
         _check_value(key, value)
 
@@ -269,7 +274,8 @@ def _check_stage(settings: Train, prefix: str) -> dict[str, Any]:
 
 
 def _check_value(key: str, value: Any) -> None:
-    generic = re.sub(r"^stages\.[^.]+", "train", re.sub(r"^teachers\.[^.]+", "teachers.*", key))
+    generic = re.sub(rf"^stages\.[^.]+\.({'|'.join(PARTS)})\.", r"\1.", re.sub(r"^teachers\.[^.]+", "teachers.*", key))
+    generic = re.sub(r"^stages\.[^.]+", "train", generic)
     allowed = CHOICES.get(generic)
     if allowed and value not in allowed:
         hint = nearest(str(value), [str(a) for a in allowed])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -32,14 +32,33 @@ class Weights(Protocol):
     replicated: bool  # every rank's fragments are all there is, so nothing has to be exchanged
     shapes: dict[str, tuple[int, ...]]  # of all trained parameters, whoever holds them
 
+    @property
+    def module(self) -> nn.Module: ...
+
     def fragments(self) -> Sequence[Fragment]: ...
+
+
+@torch.no_grad()
+def average_(average: Mapping[str, Tensor], values: Mapping[str, Tensor], momentum: float) -> None:
+    """average <- momentum average + (1 - momentum) values in place, by name; no warm-up.
+
+    Integers (counters of batch normalisation) are averaged as numbers and lose their fraction each time; those that
+    agree (indices of position biases) stay what they are.
+    """
+    for name, old in average.items():
+        new = values[name].to(old.device)
+        if old.is_floating_point():
+            old.mul_(momentum).add_(new.to(old.dtype), alpha=1.0 - momentum)
+        else:
+            mixed = (old.double() * momentum + new.double() * (1.0 - momentum)).to(old.dtype)
+            old.copy_(torch.where(old == new, old, mixed))
 
 
 class Average:
     """Exponential moving average of an engine's master weights and a network in evaluation mode that carries it.
 
     Equal on all ranks, and the same bits for any world size and ZeRO stage that give the same weights: ranks add their
-    fragments to vectors of zeros. Frozen parameters are as the network was built.
+    fragments to vectors of zeros. Buffers are averaged as weights are; frozen parameters are as the network was built.
 
     Args:
         network: a module with the engine's names and shapes; it is moved to the device and to `dtype`.
@@ -56,23 +75,28 @@ class Average:
         self.flat = self._gathered(sum(sizes))
         parts = torch.split(self.flat, sizes)
         self._views = [part.view_as(p) for part, p in zip(parts, self._copies.values(), strict=True)]
+        self._network_buffers = _persistent(network)
+        self._buffers = {name: value.to(self._wide if value.is_floating_point() else value.dtype, copy=True)
+                         for name, value in _persistent(engine.module).items()}  # fmt: skip
         self._refresh()
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """average <- momentum average + (1 - momentum) weights. All ranks must call it."""
-        self.flat.lerp_(self._gathered(self.flat.numel()), 1.0 - momentum)
+        average_({"": self.flat}, {"": self._gathered(self.flat.numel())}, momentum)
+        average_(self._buffers, _persistent(self.engine.module), momentum)
         self._refresh()
 
     def state(self) -> dict[str, Tensor]:
-        """The average by parameter, under names that begin with PREFIX."""
-        return {f"{PREFIX}{name}": view for name, view in zip(self._copies, self._views, strict=True)}
+        """The average by parameter and buffer, under names that begin with PREFIX."""
+        named = dict(zip(self._copies, self._views, strict=True)) | self._buffers
+        return {f"{PREFIX}{name}": value for name, value in named.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over `state()`; other entries are left alone."""
-        for name, view in zip(self._copies, self._views, strict=True):
-            view.copy_(state[f"{PREFIX}{name}"])
+        for name, own in self.state().items():
+            own.copy_(state[name])
         self._refresh()
 
     def _gathered(self, size: int) -> Tensor:
@@ -87,3 +111,11 @@ class Average:
     @torch.no_grad()
     def _refresh(self) -> None:
         torch._foreach_copy_(list(self._copies.values()), self._views)
+        for name, value in self._buffers.items():
+            self._network_buffers[name].copy_(value)
+
+
+def _persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are part of the state dict."""
+    kept = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}

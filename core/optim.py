@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,17 +61,3 @@ def clip_per_parameter(grads: Sequence[Tensor | None], max_norm: float, eps: flo
 def _norm(grad: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     return norm
-
-
-@torch.no_grad()
-def average_(average: Mapping[str, Tensor], values: Mapping[str, Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * value in place, for weights and buffers by name; no warm-up.
-
-    Integers (counters of batch normalisation) are averaged as numbers and lose their fraction each time.
-    """
-    for name, old in average.items():
-        new = values[name].to(old.device)
-        if old.is_floating_point():
-            old.mul_(decay).add_(new.to(old.dtype), alpha=1.0 - decay)
-        else:
-            old.copy_(old.double() * decay + new.double() * (1.0 - decay))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import coupled
-from core.cache import ShardCache
 from core.checkpoint import Reader, restore
 from core.comm import Comm
-from core.config import ConfigError, Loader, Recipe, Train
-from core.data.features import Beside
-from core.data.loader import Companion, MicroBatch, eval_batches, steps_per_epoch, train_batches
+from core.config import ConfigError, Recipe, Train
+from core.data.loader import Companion, MicroBatch, eval_batches, train_batches
 from core.data.rand_augment import erase
-from core.data.source import Source, open_source
-from core.data.subset import composed_by, training_source
+from core.data.source import Source
 from core.data.views import apply_colour, draw_colour, normalize
-from core.engine import Engine, check_precision
+from core.engine import Engine
+from core.inputs import open_inputs, shard_cache, stage_steps
 from core.manifest import CheckpointError
-from core.methods.base import Batch, Info, Method, Report, at_stage, create
-from core.models.students import build_student, describe_student
-from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
+from core.methods.base import Batch, Info, Method, Report
+from core.models.students import build_student
+from core.models.teachers import FrozenTeacher, load_teachers
 from core.models.vit import resize_pos_embed
-from core.storage import resolve
 
 
 @dataclass
@@ -134,22 +128,12 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     the last one of the stage before (weights and method state are taken over, the optimiser starts afresh).
     Raises ConfigError, DataError, WeightsError, StoreError, CheckpointError.
     """
-    settings, whole, recipe = recipe.stage(name), recipe, at_stage(recipe, name)
-    check_precision(settings, recipe.zero.stage)
     cache = shard_cache(recipe.loader)
-    source = training_source(recipe.data, recipe.seed, root, cache)
-    held = open_source(resolve(recipe.data.heldout, root), cache) if recipe.data.heldout else None
-    settings, steps = schedule(settings, len(source))
+    inputs = open_inputs(recipe, name, root, cache)
+    whole, recipe, settings, method, info = recipe, inputs.recipe, inputs.settings, inputs.method, inputs.info
     check_world(settings, comm.world)
-    info = describe_student(recipe.student, settings.img_size)
-    method = create(recipe, settings, steps)
-    method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
-    infos = describe_teachers(recipe, info)
-    method.check(info, infos)
-    check_labels(method, source, held)
-    companions = open_companions(method, recipe, source, held, root)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    teachers = load_teachers(recipe, info, infos, root, comm.device, dtype)
+    teachers = load_teachers(recipe, info, inputs.teachers, root, comm.device, dtype)
 
     # A checkpoint holds all weights; the recipe's own may be of another stage's image size.
     start_from = recipe.student if reader is None else dataclasses.replace(recipe.student, weights="")
@@ -158,7 +142,7 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
         student, _ = build_student(start_from, settings.img_size, recipe.seed, root, method.initialise)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
-            return method.build(student, info, infos)
+            return method.build(student, info, inputs.teachers)
 
     module = fresh()
     here = reader is not None and reader.manifest.position.stage == name
@@ -172,46 +156,11 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     if reader is not None and (here or _same_method(whole, reader, name)):
         method.load_state(state if state is not None else reader.whole("method"))
     start = reader.manifest.position.stage_step if reader is not None and here else 0
-    run_steps = sum(schedule(whole.stage(each), len(source))[1] for each in whole.stage_names())
-    stage = Stage(name, recipe, settings, steps, step - start, run_steps, source, held, method, teachers, engine, comm,
-                  fresh, *companions)  # fmt: skip
+    steps = {each: inputs.steps if each == name else stage_steps(whole, each, root, cache)
+             for each in whole.stage_names()}  # fmt: skip
+    stage = Stage(name, recipe, settings, inputs.steps, step - start, sum(steps.values()), inputs.source, inputs.held,
+                  method, teachers, engine, comm, fresh, inputs.companions, inputs.held_companions)  # fmt: skip
     return stage, start
-
-
-def open_companions(
-    method: Method, recipe: Recipe, source: Source, held: Source | None, root: str
-) -> tuple[list[Companion], list[Companion]]:
-    """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
-    data, s = recipe.data, method.settings
-    composed = composed_by(data)
-    images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
-    beside = Beside(
-        source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps, composed
-    )
-    if held is None:
-        return method.companions(beside), []
-    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), composed="",
-                                   training=False)  # fmt: skip
-    return method.companions(beside), method.companions(held_out)
-
-
-def schedule(settings: Train, samples: int) -> tuple[Train, int]:
-    """Steps of a stage, and its settings with the warm-up in steps.  Raises ConfigError when the data are too few."""
-    per_epoch = steps_per_epoch(samples, settings.batch, settings.micro_batch)
-    if per_epoch == 0:
-        raise ConfigError(
-            f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch"
-        )
-    steps = settings.steps or settings.epochs * per_epoch
-    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
-    return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
-
-
-def check_labels(method: Method, source: Source, held: Source | None) -> None:
-    """Raises ConfigError where a method lacks labels or has too few outputs for them."""
-    method.check_labels(len(source.classes), "data.source")
-    if held is not None:
-        method.check_labels(len(held.classes), "data.heldout")
 
 
 def check_world(settings: Train, world: int) -> None:
@@ -251,9 +200,3 @@ def _take_over(module: nn.Module, reader: Reader, method: Method, here: bool, in
 def resized(images: Tensor, side: int) -> Tensor:
     """Images (B, 3, S, S) at the size of a view that is smaller than the stage's."""
     return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="bicubic", antialias=True)
-
-
-def shard_cache(loader: Loader) -> ShardCache:
-    """The node's cache: the recipe's folder, or one of this user's own in the system's temporary directory."""
-    own = Path(tempfile.gettempdir()) / f"retort-shards-{os.getuid()}"
-    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9))

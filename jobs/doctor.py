@@ -140,13 +140,14 @@ def decode(recipe: Recipe, root: str) -> str:
     import numpy as np
 
     from core.data.decode import to_tensor
-    from core.data.source import DataError, open_source
+    from core.data.source import DataError
+    from core.data.subset import training_source
     from core.storage import resolve
 
     uri = resolve(recipe.data.source, root)
     if recipe.data.source in inputs.provided(recipe) and inputs.is_empty(uri):
         return f"{recipe.data.source} is made by submit"
-    source = open_source(uri)
+    source = training_source(recipe.data, recipe.seed, root)
     bad = 0
     for i in np.linspace(0, len(source) - 1, TRIAL_SAMPLES).astype(int):
         try:

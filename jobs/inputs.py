@@ -64,20 +64,18 @@ def weights_fields(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def data_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(field, URI) of the data; all but the training images may be left out."""
-    yield "data.source", recipe.data.source
-    for uri in recipe.data.merge:
-        yield "data.merge", uri
-    optional = {
-        "data.heldout": recipe.data.heldout,
-        "data.features": recipe.data.features,
-        "data.texts": recipe.data.texts,
-        "evaluate.train": recipe.evaluate.train,
-        "evaluate.test": recipe.evaluate.test,
-    }
-    for field, uri in optional.items():
-        if uri:
-            yield field, uri
+    """(field, URI) of the data of every stage; all but the training images may be left out."""
+    stages = {stage: recipe.at(stage).data for stage in recipe.stage_names()}
+    wanted = {("data" if data == recipe.data else f"stages.{stage}.data"): data for stage, data in stages.items()}
+    for place, data in wanted.items():
+        yield f"{place}.source", data.source
+        yield from ((f"{place}.merge", uri) for uri in data.merge)
+        yield from _given(place, heldout=data.heldout, features=data.features, texts=data.texts)
+    yield from _given("evaluate", train=recipe.evaluate.train, test=recipe.evaluate.test)
+
+
+def _given(place: str, **fields: str) -> Iterator[tuple[str, str]]:
+    yield from ((f"{place}.{field}", uri) for field, uri in fields.items() if uri)
 
 
 def preparer(recipe: Recipe) -> Any | None:

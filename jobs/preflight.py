@@ -25,22 +25,7 @@ def check_networks(recipe: Recipe) -> None:
 def check_data(recipe: Recipe, root: str) -> None:
     """The training images are of a known kind and enough for a step of every stage, and what a method reads beside them
     belongs to them.  Raises ConfigError, DataError."""
-    from core.data.loader import steps_per_epoch
-    from core.data.source import open_source
-    from core.data.subset import training_source
-    from core.methods.base import at_stage, create
-    from core.models.students import describe_student
-    from core.models.teachers import describe_teachers
-    from core.stage import check_labels, open_companions, schedule
-    from core.storage import resolve
+    from core.inputs import open_inputs
 
     for name in recipe.stage_names():
-        own = at_stage(recipe, name)
-        source = training_source(own.data, recipe.seed, root)
-        held = open_source(resolve(own.data.heldout, root)) if own.data.heldout else None
-        settings, steps = schedule(recipe.stage(name), len(source))
-        method, info = create(own, settings, steps), describe_student(own.student, settings.img_size)
-        method.epoch_steps = steps_per_epoch(len(source), settings.batch, settings.micro_batch)
-        method.check(info, describe_teachers(own, info))
-        check_labels(method, source, held)
-        open_companions(method, own, source, held, root)
+        open_inputs(recipe, name, root)

@@ -21,15 +21,21 @@ NORMS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (CLIP_MEAN, CLIP_STD
 MARGIN = 256 / 224  # of the short side over the crop in the released evaluations
 
 
-def train_pil(
-    image: Tensor, box: Sequence[int], flip: bool, size: int, interpolation: str = "bilinear", norm: str = "imagenet"
-) -> Tensor:
-    """A training crop: uint8 (3, H, W) -> float32 (3, size, size).  box: top, left, height, width."""
+def crop_pil(image: Tensor, box: Sequence[int], flip: bool, size: int, interpolation: str = "bilinear") -> Tensor:
+    """A training crop: uint8 (3, H, W) -> uint8 (3, size, size).  box: top, left, height, width."""
     top, left, height, width = (int(edge) for edge in box)
     crop = functional.resized_crop(
         functional.to_pil_image(image), top, left, height, width, [size, size], InterpolationMode(interpolation)
     )
-    return standardised(functional.pil_to_tensor(functional.horizontal_flip(crop) if flip else crop), norm)
+    pixels: Tensor = functional.pil_to_tensor(functional.horizontal_flip(crop) if flip else crop)
+    return pixels
+
+
+def resize_pil(image: Tensor, size: list[int], interpolation: str = "bicubic") -> Tensor:
+    """uint8 (3, H, W) with its short side at size[0] pixels; two sizes squash it to that height and width."""
+    resized = functional.resize(functional.to_pil_image(image), size, InterpolationMode(interpolation))
+    pixels: Tensor = functional.pil_to_tensor(resized)
+    return pixels
 
 
 def eval_pil(
@@ -39,10 +45,8 @@ def eval_pil(
 
     resize: 0 stands for int(256 / 224 * size).  norm: a key of NORMS; Feature-Distillation evaluates all with `clip`.
     """
-    short = functional.resize(
-        functional.to_pil_image(image), [resize or int(MARGIN * size)], InterpolationMode(interpolation)
-    )
-    return standardised(functional.pil_to_tensor(functional.center_crop(short, [size, size])), norm)
+    short = resize_pil(image, [resize or int(MARGIN * size)], interpolation)
+    return standardised(functional.center_crop(short, [size, size]), norm)
 
 
 def standardised(image: Tensor, norm: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""Crops drawn from a seeded torch generator and made with Pillow, as released training code has them: for comparison.
+"""Crops drawn from a seeded torch generator, as released training code draws them: to compare with a recorded run.
 
-Runs draw by key instead (`core.data.views`); the distribution is the same, and pixels differ by a grey level.
+Runs draw by key instead (`core.data.views`); the distribution is the same.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional
+from torchvision.transforms import RandomResizedCrop
 
 Ints = NDArray[np.int64]
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -45,30 +43,3 @@ def seeded_crop(
         torch.manual_seed(seed)
         box = RandomResizedCrop.get_params(torch.empty(1, *size), list(scale), list(ratio))
         return np.array(box, np.int64), bool(torch.rand(1) < flip)
-
-
-def shorten_pil(image: Tensor, side: int) -> Tensor:
-    """uint8 (3, H, W) with its short side at `side` pixels, by Pillow's bicubic resize."""
-    resized = functional.resize(functional.to_pil_image(image), [side], InterpolationMode.BICUBIC)
-    pixels: Tensor = functional.pil_to_tensor(resized)
-    return pixels
-
-
-def crop_pil(image: Tensor, box: Sequence[int], flip: bool, size: int) -> Tensor:
-    """uint8 (3, H, W) -> uint8 (3, size, size): cut out, resized by Pillow's bilinear filter, mirrored."""
-    top, left, height, width = (int(edge) for edge in box)
-    crop = functional.resized_crop(
-        functional.to_pil_image(image), top, left, height, width, [size, size], InterpolationMode.BILINEAR
-    )
-    pixels: Tensor = functional.pil_to_tensor(functional.horizontal_flip(crop) if flip else crop)
-    return pixels
-
-
-def squash_pil(image: Tensor, size: int) -> Tensor:
-    """uint8 (3, H, W) -> uint8 (3, size, size): resized as a whole by Pillow's bicubic filter, whatever its shape.
-
-    How the toolkit prepares KITTI-distance, where a centre crop would cut off what is asked for.
-    """
-    resized = functional.resize(functional.to_pil_image(image), [size, size], InterpolationMode.BICUBIC)
-    pixels: Tensor = functional.pil_to_tensor(resized)
-    return pixels

@@ -173,12 +173,6 @@ def eval_tensor(image: torch.Tensor, size: int) -> torch.Tensor:
     return normalize(centre_crop(image, size))
 
 
-def eval_pil(image: torch.Tensor, size: int) -> torch.Tensor:
-    """As eval_tensor with Pillow's resize, which UNIC's transfer evaluation uses; a few grey levels differ."""
-    resized = functional.resize(functional.to_pil_image(image), [size], interpolation=InterpolationMode.BICUBIC)
-    return normalize(functional.pil_to_tensor(functional.center_crop(resized, [size, size])))
-
-
 def center_pad(height: int, width: int, multiple: int) -> tuple[int, int, int, int, int, int]:
     """Zero border that makes both sides multiples of a patch size: (height, width, top, bottom, left, right).
 

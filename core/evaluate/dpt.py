@@ -108,8 +108,3 @@ class DptHead(nn.Module):
         for fusion, finer in zip(others, maps[-2::-1], strict=True):
             x = fusion(x, finer)
         return cast(Tensor, self.conv_seg(self.project(x)))
-
-
-def dpt_widths(dim: int) -> list[int]:
-    """Channels after reassembly as published for a student of this width: an eighth, a quarter, a half, all."""
-    return [dim // 8, dim // 4, dim // 2, dim]

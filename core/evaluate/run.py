@@ -18,10 +18,10 @@ from core.data.source import Source, open_source
 from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
 from core.export import load_student, read_recipe
+from core.inputs import shard_cache
 from core.methods.base import Features, Info
 from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
-from core.stage import shard_cache
 from core.storage import Store, resolve
 
 FOLDER = "evaluations"

@@ -92,7 +92,7 @@ class Method(ABC):
     needs_labels: ClassVar[bool] = False
     couples_batch: ClassVar[bool] = False  # the loss is one of the whole global batch: see core.coupled
     teacher_view: ClassVar[str] = "image"  # the view that teachers see
-    epoch_steps: int = 1  # optimiser steps of one pass over the data; set by the stage
+    epoch_steps: int = 1  # optimiser steps of one pass over the data
 
     def __init__(self, options: Any, settings: Train, steps: int) -> None:
         self.options, self.settings, self.steps = options, settings, steps
@@ -249,10 +249,12 @@ def at_stage(recipe: Recipe, name: str) -> Recipe:
     return own if uses else dataclasses.replace(own, teachers={})
 
 
-def create(recipe: Recipe, settings: Train, steps: int) -> Method:
-    """The method of a recipe (`Recipe.at` a stage) for one stage of `steps` optimiser steps."""
+def create(recipe: Recipe, settings: Train, steps: int, epoch_steps: int = 1) -> Method:
+    """The method of a recipe (`Recipe.at` a stage) for one stage."""
     method = find(recipe.method.name)
-    return method(method.Options(**_completed(recipe.method, recipe.name)["options"]), settings, steps)
+    made = method(method.Options(**_completed(recipe.method, recipe.name)["options"]), settings, steps)
+    made.epoch_steps = epoch_steps
+    return made
 
 
 def external_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:

@@ -74,6 +74,29 @@ def test_a_stage_overlays_the_train_group_and_keeps_its_place(write: Write) -> N
     assert (second.img_size, second.lr, second.steps, second.clip) == (224, 1e-4, 7, 2.0)
 
 
+def test_a_stage_may_have_a_student_data_and_a_method_of_its_own(write: Write) -> None:
+    recipe = load(write("""
+student: {args: {depth: 2, num_heads: 4}}
+stages:
+  a: {}
+  b: {student: {args: {depth: 3}, drop_path: 0.1}, data: {share: 0.5}, method: {options: {drop: 0.0}}}
+  c: {method: {name: finetune}, student: {name: proteus-s}}
+"""))
+    first, second, third = (recipe.at(name) for name in "abc")
+    assert first == recipe
+    assert (second.student.args, second.student.drop_path) == ({"depth": 3, "num_heads": 4}, 0.1)
+    assert (second.data.share, second.method.options) == (0.5, {"drop": 0.0})
+    assert (third.method.name, third.method.options) == ("finetune", {})
+    assert (third.student.name, third.student.weights) == ("vit_small_patch14_dinov2", "store:weights/proteus_s.pth")
+    assert fingerprint(recipe) != fingerprint(load(write("stages: {a: {}, b: {}, c: {}}\n")))
+
+
+def test_what_is_wrong_within_a_stage_is_told_with_its_place(write: Write) -> None:
+    assert "unknown field stages.a.data.shar; did you mean" in refusal(write("stages: {a: {data: {shar: 1}}}\n"))
+    assert "stages.a.data.share: must be at most 1, got 2" in refusal(write("stages: {a: {data: {share: 2}}}\n"))
+    assert "stages.a.student.drop_path: must be below 1" in refusal(write("stages: {a: {student: {drop_path: 1}}}\n"))
+
+
 def test_a_recipe_without_stages_has_one_that_is_the_train_group(write: Write) -> None:
     recipe = load(write())
     assert recipe.stage_names() == ["main"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import Train
-from core.ema import PREFIX, Average
+from core.ema import PREFIX, Average, average_
 from core.engine import Engine
 from core.methods.base import Batch
 from core.plain import PlainEngine
@@ -121,3 +121,30 @@ def test_a_state_is_taken_over_and_reaches_the_network() -> None:
     assert average.network.get_parameter("second.bias").tolist() == [3.0] * 3
     average.update(1.0)  # a momentum of 1 leaves it alone
     assert all(value.eq(3.0).all() for value in average.state().values())
+
+
+def test_integers_that_agree_stay_and_counters_lose_their_fraction() -> None:
+    indices = {"index": torch.arange(200), "count": torch.tensor(5)}
+    average_(indices, {"index": torch.arange(200), "count": torch.tensor(9)}, 0.9)
+    assert indices["index"].tolist() == list(range(200))
+    assert indices["count"].item() == 5
+    average_(indices, {"index": torch.arange(200), "count": torch.tensor(30)}, 0.9)
+    assert indices["count"].item() == 7
+
+
+def test_buffers_are_averaged_and_carried_by_the_network() -> None:
+    def normed() -> nn.Module:
+        return nn.ModuleList([small(), nn.BatchNorm1d(3)])
+
+    module = normed()
+    groups = [{"params": [p for p in module.parameters() if p.requires_grad], "names": [], "weight_decay": 0.0}]
+    engine = PlainEngine(module, groups, settings(1), Comm(torch.device("cpu")), False)
+    average = Average(normed(), engine, torch.float32)
+    module[1].running_mean += 1.0
+    average.update(0.75)
+    assert average.network[1].running_mean.tolist() == [0.25] * 3
+    taken = average.state()
+    module[1].running_mean += 1.0
+    average.update(0.75)
+    assert average.state()[f"{PREFIX}1.running_mean"].tolist() == [0.6875] * 3
+    assert taken.keys() == average.state().keys()

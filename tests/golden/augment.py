@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.data.views import Colour, apply_colour, center_pad, eval_pil, eval_tensor, random_resized_crop
+from core.data.pillow import eval_pil
+from core.data.views import Colour, apply_colour, center_pad, eval_tensor, random_resized_crop
 
 Arrays = Mapping[str, Any]
 Check = tuple[str, Any, Any, float]
@@ -31,7 +32,7 @@ def augment(case: Arrays) -> list[Check]:
     )
     got = {f"image.{k}": view for k, view in enumerate(apply_colour(crops, colour))}
     got["val_image"] = eval_tensor(image, size)
-    got["eval_image"] = eval_pil(image, size)
+    got["eval_image"] = eval_pil(image, size, size)
     return [(name, view.numpy(), case[f"out.{name}"], TOLERANCE) for name, view in got.items()]
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from core.data.features import TsvFeatures, place_of_texts
-from core.data.pillow import NORMS, eval_pil, standardised
-from core.data.seeded import crop_pil, seeded_boxes, seeded_crop, shorten_pil, squash_pil
+from core.data.pillow import NORMS, crop_pil, eval_pil, resize_pil, standardised
+from core.data.seeded import seeded_boxes, seeded_crop
 from core.data.sentences import CorruptText, candidates, sentence
 from core.data.source import DataError
 from core.data.tsv import ROLES, Table, format_index, open_tables, route, row_offsets
@@ -47,7 +46,7 @@ def transform_train(case: Case) -> Checks:
     norm = _norm(case)
     for k in _numbers(case, "image_"):
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
-        short = shorten_pil(image, SHORT)
+        short = resize_pil(image, [SHORT])
         yield f"resized_size_{k}", short.shape[:0:-1], case[f"resized_size_{k}"], 0.0
         if "torch_seed_of_image" in case:
             box, flip = seeded_crop(int(case["torch_seed_of_image"][int(k)]), (short.shape[1], short.shape[2]))
@@ -74,7 +73,7 @@ def eval_transform(case: Case) -> Checks:
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
         found = {
             "center": eval_pil(image, SIDE, SIDE, "bicubic", norm),
-            "squash": standardised(squash_pil(image, SIDE), norm),
+            "squash": standardised(resize_pil(image, [SIDE, SIDE]), norm),
         }
         for name, out in found.items():
             yield f"{name}_stride8_{k}", out[:, ::8, ::8], case[f"{name}_stride8_{k}"], 0.02
@@ -158,9 +157,7 @@ def text_decode(case: Case) -> Checks:
     for number, item in enumerate(case["items"]):
         payload, many = item["payload"], item.get("n_distinct_over_many_draws", 1)
         if item.get("raises"):
-            with pytest.raises(CorruptText):
-                candidates(payload)
-            yield f"{number} is refused", True, True, 0.0
+            yield f"{number} is refused", _is_corrupt(payload), True, 0.0
             continue
         found = set(candidates(payload))
         drawn = {sentence(payload, draw) for draw in np.random.RandomState(item.get("seed", 0)).random(OFTEN)}
@@ -170,6 +167,14 @@ def text_decode(case: Case) -> Checks:
             yield f"{number} allowed", sorted(found), sorted(set(item["allowed"])), 0.0
             yield f"{number} all drawn", len(drawn), len(found), 0.0
         yield f"{number} distinct", many <= len(found), True, 0.0  # of many prompts, draws miss a few
+
+
+def _is_corrupt(payload: str) -> bool:
+    try:
+        candidates(payload)
+    except CorruptText:
+        return True
+    return False
 
 
 def text_stream(case: Case) -> Checks:

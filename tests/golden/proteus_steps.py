@@ -11,9 +11,9 @@ from torch import Tensor
 
 from core.comm import Comm
 from core.config import Train
+from core.ema import PREFIX, Average
 from core.engine import Engine
 from core.methods.proteus import Proteus
-from core.optim import average_
 from core.plain import PlainEngine
 from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
 from tests.golden.runner import Check
@@ -68,7 +68,7 @@ def run_steps(case: Arrays, stage: int | None) -> dict[str, Any]:
     state = {k.removeprefix("teacher.backbone."): v for k, v in tensors(case, "p/").items()
              if k.startswith("teacher.backbone.")}  # fmt: skip
     teacher = tower(state, int(case["teacher_heads"])).to(dtype)
-    average = {name: value for name, value in _weights(engine, comm).items() if not name.startswith("heads.")}
+    average = Average(build(case, method.settings, method.steps)[1].to(dtype), engine, dtype)
     losses: list[Tensor] = []
     for step, parts in enumerate(micro_batches(case, comm.world)):
         batch = batch_of(case[f"images_{step}"], case[f"masks_{step}"], parts[comm.rank])
@@ -79,8 +79,9 @@ def run_steps(case: Arrays, stage: int | None) -> dict[str, Any]:
         engine.step(_rate(float(case["lrs"][step])))
         terms = [report.get(f"loss/{kind}_{TEACHER}", torch.zeros(())) for kind in ("patch", "token", "feature")]
         losses.append(comm.mean(torch.stack([loss.detach().to(dtype), *(t.to(dtype) for t in terms)])))
-        average_(average, _weights(engine, comm), float(case["ema_decay"]))
-    found = {"w": _weights(engine, comm), "ema": average}
+        average.update(float(case["ema_decay"]))
+    averaged = {name.removeprefix(PREFIX): value for name, value in average.state().items()}
+    found = {"w": _weights(engine, comm), "ema": averaged}
     arrays = {group: {name: value.numpy() for name, value in named.items()} for group, named in found.items()}
     return {"losses": torch.stack(losses).numpy(), **arrays}
 

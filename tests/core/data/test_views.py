@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from core.data.decode import to_tensor
+from core.data.pillow import eval_pil
 from core.data.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -18,7 +19,6 @@ from core.data.views import (
     center_pad,
     crop_boxes,
     draw_colour,
-    eval_pil,
     eval_tensor,
     normalize,
     random_resized_crop,
@@ -216,7 +216,7 @@ def test_evaluation_transforms_equal_torchvisions(shape: tuple[int, int]):
     resize = v2.Resize(32, interpolation=BICUBIC, antialias=True)
     image = functional.pil_to_tensor(picture)
     torch.testing.assert_close(eval_tensor(image, 32), v2.Compose([v2.ToImage(), resize, *steps])(picture))
-    torch.testing.assert_close(eval_pil(image, 32), v2.Compose([resize, *steps])(picture))
+    torch.testing.assert_close(eval_pil(image, 32, 32), v2.Compose([resize, *steps])(picture))
 
 
 def test_normalize_takes_bytes_and_unit_floats():

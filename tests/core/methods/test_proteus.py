@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from core.comm import Comm
 from core.config import ConfigError, Student, Train
 from core.methods.base import Batch, Features, Info
 from core.methods.proteus import Proteus, ProteusOptions, proteus_loss
 from core.models.students import build_student
+from core.plain import PlainEngine
 
 SETTINGS = Train(img_size=32, epochs=10, batch=8, micro_batch=4, lr=0.5, lr_batch=4, min_lr=0.25, warmup_steps=20,
                  precision="fp32")  # fmt: skip
@@ -197,45 +197,18 @@ def test_the_export_is_the_student_alone() -> None:
     student.load_state_dict(weights, strict=True)
 
 
-class Weights:
-    """An engine's master weights, all on this rank."""
-
-    device, replicated = torch.device("cpu"), True
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self._fragments = [Whole(name, p.detach().flatten()) for name, p in module.named_parameters()]
-
-    def fragments(self) -> list[Whole]:
-        return self._fragments
-
-
-@dataclasses.dataclass
-class Whole:
-    name: str
-    flat: Tensor
-    start: int = 0
-
-    @property
-    def numel(self) -> int:
-        return self.flat.numel()
-
-    def view(self, kind: str) -> Tensor:
-        return self.flat
-
-
 def test_an_average_of_the_weights_is_kept_saved_and_exported_on_request() -> None:
     method, module, _ = built(ema=0.75, export_average=True)
-    engine = Weights(module)
-    method.attach(engine, lambda: built()[1])  # type: ignore[arg-type]
+    engine: Any = PlainEngine(module, method.param_groups(module), method.settings, Comm(torch.device("cpu")), False)
+    method.attach(engine, lambda: built()[1])
     before = module.student.cls_token.detach().clone()
     for fragment in engine.fragments():
-        fragment.flat.add_(1.0)
+        fragment.view("weight").add_(1.0)
     method.after_step(0, Comm(torch.device("cpu")))
     exported = method.export(module.state_dict(), method.state())
     torch.testing.assert_close(exported["cls_token"], before + 0.25)
     later = built(ema=0.75)[0]
-    later.attach(engine, lambda: built()[1])  # type: ignore[arg-type]
+    later.attach(engine, lambda: built()[1])
     later.load_state(method.state())
     torch.testing.assert_close(later.state(), method.state())
 

@@ -202,7 +202,9 @@ def _interpolation(hp: dict[str, Any]) -> str:
 def pretrain_transform(case: Case) -> Checks:
     hp = meta(case)
     norm = hp.get("mean", "imagenet")
-    y = pillow.train_pil(_image(case), hp["i_j_h_w"], hp["flip"], hp["size"], _interpolation(hp), norm)
+    y = pillow.standardised(
+        pillow.crop_pil(_image(case), hp["i_j_h_w"], hp["flip"], hp["size"], _interpolation(hp)), norm
+    )
     yield "y", y, case["y"], 1e-6
 
 

@@ -1,0 +1,98 @@
+"""What one stage reads and trains, opened and checked against each other before anything is built or queued."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.cache import ShardCache
+from core.config import ConfigError, Loader, Recipe, Train
+from core.data.features import Beside
+from core.data.loader import Companion, steps_per_epoch
+from core.data.source import Source, open_source
+from core.data.subset import composed_by, training_source
+from core.engine import check_precision
+from core.methods.base import Info, Method, at_stage, create
+from core.models.students import describe_student
+from core.models.teachers import describe_teachers
+from core.storage import resolve
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of one stage; everything fits together."""
+
+    recipe: Recipe  # as the stage sees it
+    settings: Train
+    steps: int
+    source: Source
+    held: Source | None  # held-out images
+    info: Info
+    teachers: dict[str, Info]
+    method: Method
+    companions: list[Companion]
+    held_companions: list[Companion]
+
+
+def open_inputs(recipe: Recipe, name: str, root: str, cache: ShardCache | None = None) -> Inputs:
+    """Indexes and tables are read, no weights.  Raises ConfigError, DataError, StoreError."""
+    own = at_stage(recipe, name)
+    check_precision(recipe.stage(name), recipe.zero.stage)
+    source = training_source(own.data, recipe.seed, root, cache)
+    held = open_source(resolve(own.data.heldout, root), cache) if own.data.heldout else None
+    settings, steps = schedule(recipe.stage(name), len(source))
+    info = describe_student(own.student, settings.img_size)
+    teachers = describe_teachers(own, info)
+    method = create(own, settings, steps, steps_per_epoch(len(source), settings.batch, settings.micro_batch))
+    method.check(info, teachers)
+    _check_labels(method, source, held)
+    companions = _companions(method, own, source, held, root)
+    return Inputs(own, settings, steps, source, held, info, teachers, method, *companions)
+
+
+def stage_steps(recipe: Recipe, name: str, root: str, cache: ShardCache | None = None) -> int:
+    """Optimiser steps of another stage of the run."""
+    return schedule(recipe.stage(name), len(training_source(recipe.at(name).data, recipe.seed, root, cache)))[1]
+
+
+def schedule(settings: Train, samples: int) -> tuple[Train, int]:
+    """Steps of a stage, and its settings with the warm-up in steps.  Raises ConfigError when the data are too few."""
+    per_epoch = steps_per_epoch(samples, settings.batch, settings.micro_batch)
+    if per_epoch == 0:
+        raise ConfigError(
+            f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch"
+        )
+    steps = settings.steps or settings.epochs * per_epoch
+    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
+    return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
+
+
+def _check_labels(method: Method, source: Source, held: Source | None) -> None:
+    """Raises ConfigError where a method lacks labels or has too few outputs for them."""
+    method.check_labels(len(source.classes), "data.source")
+    if held is not None:
+        method.check_labels(len(held.classes), "data.heldout")
+
+
+def _companions(
+    method: Method, recipe: Recipe, source: Source, held: Source | None, root: str
+) -> tuple[list[Companion], list[Companion]]:
+    """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
+    data, s = recipe.data, method.settings
+    images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
+    beside = Beside(source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps,
+                    composed_by(data))  # fmt: skip
+    if held is None:
+        return method.companions(beside), []
+    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), composed="",
+                                   training=False)  # fmt: skip
+    return method.companions(beside), method.companions(held_out)
+
+
+def shard_cache(loader: Loader) -> ShardCache:
+    """The node's cache: the recipe's folder, or one of this user's own in the system's temporary directory."""
+    own = Path(tempfile.gettempdir()) / f"retort-shards-{os.getuid()}"
+    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9))

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import ConfigError, Recipe
+from core.data.source import DataError
+from core.inputs import open_inputs, stage_steps
+from tests import toy
+
+
+def two_stages(**second: Any) -> Recipe:
+    """Toy stages of two epochs of 48 images in batches of 8."""
+    stages = {"first": {"steps": 0, "epochs": 2}, "second": {"steps": 0, "epochs": 2, **second}}
+    return dataclasses.replace(toy.recipe(), stages=stages)
+
+
+def test_a_stage_with_data_of_its_own_has_its_own_length_and_epoch(tmp_path: Path) -> None:
+    recipe, root = two_stages(data={"samples": 96}), toy.store(tmp_path)
+    first, second = (open_inputs(recipe, name, root) for name in recipe.stage_names())
+    assert (first.steps, first.method.epoch_steps, len(first.source)) == (12, 6, 48)
+    assert (second.steps, second.method.epoch_steps, len(second.source)) == (24, 12, 96)
+    assert [stage_steps(recipe, name, root) for name in recipe.stage_names()] == [12, 24]
+
+
+def test_a_stage_that_learns_labels_loads_no_teachers(tmp_path: Path) -> None:
+    method = {"name": "finetune", "options": {"num_classes": 3}}
+    recipe = two_stages(method=method, student={"args": {"global_pool": "avg"}})
+    first, second = (open_inputs(recipe, name, toy.store(tmp_path)) for name in recipe.stage_names())
+    assert sorted(first.teachers) == ["one", "two"]
+    assert second.teachers == {}
+    assert type(second.method).__name__ == "Finetune"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    root = toy.store(tmp_path)
+    with pytest.raises(ConfigError, match=r"num_classes: 2, but data\.source has 3 classes"):
+        open_inputs(two_stages(method={"name": "finetune", "options": {"num_classes": 2}}), "second", root)
+    with pytest.raises(ConfigError, match="more than the 48 images"):
+        open_inputs(two_stages(batch=64), "second", root)
+    with pytest.raises((DataError, ConfigError), match="nowhere"):
+        open_inputs(two_stages(data={"source": "store:nowhere"}), "second", root)
