@@ -23,3 +23,8 @@ def test_every_recorded_case_is_there() -> None:
     named = [line.split("`")[1] for line in (Path(__file__).parent / "unic" / "README.md").read_text().splitlines()
              if line.startswith("| `")]  # fmt: skip
     assert sorted(named) == sorted(path.stem for path in CASES if path.parent.name == "unic")
+
+
+def test_every_method_has_all_its_cases() -> None:
+    here = {method: sum(method in path.parts for path in CASES) for method in methods()}
+    assert here == {"unic": 22, "proteus": 41, "fd": 37, "dime_fm": 36, "udi": 36}
