@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +56,10 @@ def apply_colour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
     picks = [np.flatnonzero(colour.jit & (column == op)) for column in colour.order.T for op in range(len(JITTER))]
     picks += [np.flatnonzero(colour.gray), blurred, np.flatnonzero(colour.solarise)]
     edges = np.cumsum([len(samples) for samples in picks])[:-1].tolist()
-    *jitter, gray, blur, solarise = _to_device(np.concatenate(picks), device).tensor_split(edges)
-    factors = _to_device(np.nan_to_num(colour.factors), device).unbind(1)
+    *jitter, gray, blur, solarise = to_device(np.concatenate(picks), device).tensor_split(edges)
+    factors = to_device(np.nan_to_num(colour.factors), device).unbind(1)
     sigma, passes = colour.sigma[blurred], colour.box_passes
-    taps = _to_device(box_taps(sigma, passes) if passes else _gaussian(sigma, colour.kernel), device)
+    taps = to_device(box_taps(sigma, passes) if passes else _gaussian(sigma, colour.kernel), device)
 
     for k, samples in enumerate(jitter):
         op = k % len(JITTER)
@@ -91,7 +92,8 @@ def _on(images: torch.Tensor, samples: torch.Tensor, change: Change) -> torch.Te
     return images.index_copy(0, samples, change(images.index_select(0, samples)))
 
 
-def _to_device(array: NDArray[np.int64] | NDArray[np.float64], device: torch.device) -> torch.Tensor:
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A small array on its way to the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

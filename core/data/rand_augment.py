@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from core.data.colour import IMAGENET_MEAN
+from core.data.colour import IMAGENET_MEAN, to_device
 from core.data.draws import uniform
 
 ERASE_DRAW = 2000  # key of erasing draws, apart from those of the views
@@ -64,12 +65,16 @@ def erase_boxes(probability: float, size: int, draws: NDArray[np.float64]) -> ND
 
 
 def erase(images: Tensor, probability: float, seed: int, epoch: int, samples: NDArray[np.int64]) -> Tensor:
-    """Normalised images (B, 3, S, S) with one box of standard normal noise per chosen image (mode `pixel` of timm)."""
-    draws = uniform(seed, epoch, samples, ERASE_DRAW, 1 + 4 * ERASE_ATTEMPTS)
-    out = images.clone()
-    for row, (top, left, height, width) in enumerate(erase_boxes(probability, images.shape[-1], draws).tolist()):
-        if height:
-            generator = torch.Generator().manual_seed(int(draws[row, 0] * 2**53) ^ int(samples[row]))
-            noise = torch.randn(images.shape[1], height, width, generator=generator)
-            out[row, :, top : top + height, left : left + width] = noise.to(images)
-    return out
+    """Normalised images (B, 3, S, S) with one box of standard normal noise per chosen image (mode `pixel` of timm).
+
+    Boxes are keyed by sample; the noise by the micro-batch's samples, as it is drawn on the device in one piece.
+    """
+    side, device = images.shape[-1], images.device
+    boxes = erase_boxes(probability, side, uniform(seed, epoch, samples, ERASE_DRAW, 1 + 4 * ERASE_ATTEMPTS))
+    top, left, height, width = to_device(boxes, device).view(-1, 4, 1).unbind(1)  # (B, 1)
+    place = torch.arange(side, device=device)
+    rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)  # (B, S)
+    inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)  # (B, 1, S, S)
+    key = zlib.crc32(np.array([seed, epoch, *samples]).tobytes())
+    noise = torch.randn(images.shape, generator=torch.Generator(device).manual_seed(key), device=device)
+    return torch.where(inside, noise.to(images.dtype), images)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.config import ConfigError, nearest
+from core.data.colour import to_device
 from core.data.draws import uniform
 from core.data.masks import (
     Masks,
@@ -256,10 +257,7 @@ def mask_tensors(masks: Masks, device: torch.device) -> dict[str, Tensor]:
     rows = np.flatnonzero(masks.masks.any(1))
     own = masks.masks[rows]
     arrays = {"mask": own, "mask_rows": rows, "mask_at": np.flatnonzero(own), "mask_index": masks.index}
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if device.type == "cuda":
-        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: to_device(array, device) for name, array in arrays.items()}
 
 
 METHOD = Proteus
