@@ -1,135 +1,55 @@
-"""Checkpoints in the store: slices of fp32 weights and moments per parameter, committed by a manifest.
+"""Checkpoints in the store: slices of fp32 weights and moments per parameter, committed by an entry of the run's log.
 
-    checkpoints/00000200-a0001/rank-0000.safetensors   what rank 0 owned
-                               rank-0000.json          its size, checksum and slices
-                               manifest.json           written last, once; without it there is no checkpoint
+    checkpoints/00000200-000003/rank-0000.safetensors   what rank 0 owned
+                                rank-0000.json          its size, checksum and slices: the part is there
+    commits/000007.json                                 the manifest; without it there is no checkpoint
 
 No pickle, no gather of full tensors, and nothing in the layout depends on ZeRO stage or world size: a reader fetches
 the slices that overlap what it needs, and every slice carries its own CRC32C.
+
+Scale, worked out for a ViT-g student (1.1 G trained parameters in 805 tensors) at ZeRO 1 on 256 GPUs: 12 bytes a
+parameter are 13.2 GB, 52 MB a rank. A save stalls training for their copy to pinned memory, 5 ms at 10 GB/s. It then
+takes 4 requests of a rank's own (multipart: 4 parts and 2 more), 256 small reads and a handful of listings of rank 0,
+and one conditional put of the manifest: (3 x 805 + 3 x 256) slices of 170 bytes, 0.5 MB. At 150 MB/s a rank the parts
+are there in 0.4 s, at 1 GB/s for all of them in 13 s. tests/system/test_scale.py commits for 1,024 ranks.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from core import commits
 from core.comm import Comm
 from core.engine import Engine
 from core.fragments import KINDS
-from core.manifest import CheckpointError, Manifest, Position, Slice, commit, committed, folder, keys, read
+from core.manifest import CheckpointError, Manifest, Slice
+from core.snapshot import DTYPES
 from core.storage import MissingObject, Store, crc32c
 
 GAP = 1 << 20  # ranges closer than this are fetched in one request,
 REQUEST = 1 << 28  # which is not extended beyond this size
-
-
-def save(run: Store, engine: Engine, method_state: dict[str, Tensor], comm: Comm, position: Position,
-         fingerprint: str, attempt: int, zero_stage: int) -> bool:  # fmt: skip
-    """Write this rank's part; rank 0 commits the manifest when all parts are there.
-
-    False on all ranks, and nothing written, when some weight, moment or state is not finite: such a checkpoint would
-    only push out a good one.  Raises CheckpointError when this checkpoint is already committed, StoreError.
-    """
-    tensors, names = _own_part(engine, method_state, comm)
-    if not _finite(tensors.values(), comm):
-        return False
-    key = folder(position.step, attempt)
-    if committed(run, key):
-        raise CheckpointError(f"{run.uri}/{key}: is committed already; another process is training this run")
-    _write_part(run.sub(key), f"rank-{comm.rank:04d}", tensors, names)
-    comm.barrier()
-    if comm.rank == 0:
-        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        shapes |= {f"method/{name}": list(value.shape) for name, value in method_state.items()}
-        shapes |= {f"buffer/{name}": list(value.shape) for name, value in engine.buffers().items()}
-        manifest = Manifest(position, fingerprint, attempt, comm.world, zero_stage, engine.adam_step, time.time(),
-                            shapes, key=key)  # fmt: skip
-        _collect_parts(run.sub(key), manifest)
-        commit(run, manifest)
-    return True
-
-
-def _own_part(
-    engine: Engine, method_state: dict[str, Tensor], comm: Comm
-) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, int]]]:
-    """Tensors to write and, by key in the file, (name, kind, start). At stage 0 ranks deal out whole parameters."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[str, tuple[str, str, int]] = {}
-
-    def add(name: str, kind: str, start: int, flat: Tensor) -> None:
-        key = f"{kind}/{name}@{start}"
-        tensors[key], names[key] = flat.detach().cpu().contiguous(), (name, kind, start)
-
-    for number, fragment in enumerate(engine.fragments()):
-        if engine.replicated and number % comm.world != comm.rank:
-            continue
-        for kind in KINDS:
-            add(fragment.name, kind, fragment.start, fragment.view(kind).clone())
-    if comm.rank == 0:
-        for name, tensor in engine.buffers().items():
-            add(name, "buffer", 0, tensor.reshape(-1).clone())
-        for name, tensor in method_state.items():
-            add(name, "method", 0, tensor.reshape(-1).clone())
-    return tensors, names
-
-
-def _finite(tensors: Iterable[Tensor], comm: Comm) -> bool:
-    """Whether no rank holds an infinity or NaN."""
-    bad = not all(bool(t.isfinite().all()) for t in tensors)
-    return not comm.max(torch.tensor(float(bad), device=comm.device)).item()
-
-
-def _write_part(store: Store, part: str, tensors: dict[str, Tensor], names: dict[str, tuple[str, str, int]]) -> None:
-    with tempfile.TemporaryDirectory(prefix="retort-checkpoint-") as temporary:
-        path = Path(temporary) / f"{part}.safetensors"
-        save_file(tensors, path)
-        store.put_file(path.name, path)
-        raw = path.read_bytes()
-    slices = [asdict(s) for s in _describe(raw, names)]
-    store.put(f"{part}.json", json.dumps({"size": len(raw), "crc32c": crc32c(raw), "slices": slices}).encode())
-
-
-def _describe(raw: bytes, names: dict[str, tuple[str, str, int]]) -> Iterator[Slice]:
-    """Byte ranges and checksums of a safetensors file's tensors."""
-    header_size = int.from_bytes(raw[:8], "little")
-    for key, entry in json.loads(raw[8 : 8 + header_size]).items():
-        if key == "__metadata__":
-            continue
-        name, kind, start = names[key]
-        begin, end = (8 + header_size + o for o in entry["data_offsets"])
-        yield Slice(name, kind, start, entry["shape"][0], entry["dtype"], begin, end - begin, crc32c(raw[begin:end]))
-
-
-def _collect_parts(store: Store, manifest: Manifest) -> None:
-    for rank in range(manifest.world):
-        about = json.loads(store.get(f"rank-{rank:04d}.json"))
-        name = f"rank-{rank:04d}.safetensors"
-        manifest.files[name] = {"size": about["size"], "crc32c": about["crc32c"]}
-        manifest.slices += [Slice(**{**s, "file": name}) for s in about["slices"]]
+PAUSE_S = 0.5  # before a listed object that a server denies to have is asked for again
 
 
 def newest(
-    run: Store, fingerprint: str | None = None, verify: Comm | None = None, warn: Callable[[str], object] = print
-) -> Manifest | None:
+    run: Store, fingerprints: Collection[str] | None = None, verify: Comm | None = None,
+    warn: Callable[[str], object] = print,
+) -> Manifest | None:  # fmt: skip
     """The newest checkpoint whose files are all there with the right sizes; damaged ones are named and passed over.
 
-    verify: also read every byte and compare checksums, shared out between these ranks, which all get the same answer.
+    fingerprints: of the recipes whose checkpoints will do.  verify: also read every byte and compare checksums, shared
+    out between these ranks, which all get the same answer.
     """
-    for key in reversed(keys(run)):
-        manifest, problem = None, ""
+    for manifest in commits.checkpoints(run, warn):
+        problem = ""
         try:
-            manifest = read(run, key)
-            _check(run, manifest, fingerprint)
+            _check(run, manifest, fingerprints)
             if verify is not None:
                 Reader(run, manifest).verify(sorted(manifest.files)[verify.rank :: verify.world])
         except (CheckpointError, MissingObject) as error:
@@ -141,18 +61,15 @@ def newest(
     return None
 
 
-def _check(run: Store, manifest: Manifest, fingerprint: str | None) -> None:
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
+def _check(run: Store, manifest: Manifest, fingerprints: Collection[str] | None) -> None:
+    if fingerprints is not None and manifest.fingerprint not in fingerprints:
         raise CheckpointError(f"{manifest.key}: belongs to another recipe ({manifest.fingerprint[:10]})")
+    sizes = {e.key: e.size for e in run.list(f"{manifest.key}/")}
     for name, about in manifest.files.items():
-        size = run.size(f"{manifest.key}/{name}")
+        size = sizes.get(f"{manifest.key}/{name}")
         if size != about["size"]:
             found = "is not there" if size is None else f"has {size} bytes instead of {about['size']}"
             raise CheckpointError(f"{manifest.key}/{name} {found}")
-
-
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16,
-           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
 class Reader:
@@ -169,7 +86,7 @@ class Reader:
         """Fetch what these (kind, name, start, numel) ranges need.  Raises as `verify` does."""
         needed = {(s.file, s.offset): s for each in wanted for s in self._over(*each)}
         for piece, data in self._fetch([s for place, s in needed.items() if place not in self._loaded]):
-            flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(_DTYPES[piece.dtype])
+            flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(DTYPES[piece.dtype])
             self._loaded[piece.file, piece.offset] = flat
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -206,13 +123,25 @@ class Reader:
             while missing and missing[-1].file == first.file and _near(missing[-1], first.offset, end):
                 batch.append(missing.pop())
                 end = batch[-1].end
-            raw = self.run.get_range(f"{self.manifest.key}/{first.file}", first.offset, end - first.offset)
-            for piece in batch:
-                data = raw[piece.offset - first.offset : piece.end - first.offset]
-                if len(data) != piece.size or crc32c(data) != piece.crc32c:
-                    where = f"{self.manifest.key}/{piece.file}"
-                    raise CheckpointError(f"{where}: checksum of {piece.kind} {piece.name} is wrong")
-                yield piece, data
+            yield from self._sound(batch, end)
+
+    def _sound(self, batch: list[Slice], end: int) -> list[tuple[Slice, bytes]]:
+        """Bytes of neighbouring slices, fetched again when they are absent or wrong: answers of servers can be."""
+        first = batch[0]
+        where = f"{self.manifest.key}/{first.file}"
+        for last_try in (False, False, True):
+            try:
+                raw = self.run.get_range(where, first.offset, end - first.offset)
+            except MissingObject:
+                if last_try:
+                    raise
+                time.sleep(PAUSE_S)
+                continue
+            found = [(s, raw[s.offset - first.offset : s.end - first.offset]) for s in batch]
+            wrong = [s for s, data in found if len(data) != s.size or crc32c(data) != s.crc32c]
+            if not wrong:
+                return found
+        raise CheckpointError(f"{where}: checksum of {wrong[0].kind} {wrong[0].name} is wrong")
 
     def _over(self, kind: str, name: str, start: int, numel: int) -> list[Slice]:
         """Slices that cover a range, in order.  Raises CheckpointError for a hole."""

@@ -60,29 +60,38 @@ class Comm:
             dist.barrier()
 
 
-class StopFlag:
-    """Any rank's wish to stop, known to all ranks one step later without a device synchronisation.
+class Wishes:
+    """What ranks wish for, known to all of them one step later without a device synchronisation.
 
-    The flag travels by an asynchronous all-reduce of a CPU tensor on its own gloo group: started at step n, read at
-    n+1, so that all ranks leave the loop at the same step boundary.
+    Numbers travel by an asynchronous all-reduce (the largest wins) of a CPU tensor on its own gloo group: started at
+    step n, read at n+1, so that all ranks leave the loop, or pass over a save, at the same step boundary.
     """
 
     def __init__(self, comm: Comm) -> None:
         self._group: Any = dist.new_group(backend="gloo") if comm.world > 1 else None
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._flags: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def exchange(self, wish: bool) -> bool:
-        """Offer this rank's wish; returns whether any rank wished to stop at the previous call."""
+    def exchange(self, *wishes: int) -> list[int]:
+        """Offer this rank's wishes; returns the largest of all ranks at the previous call (alone: of this one)."""
         if self._group is None:
-            return wish
-        stop = False
-        if self._work is not None:
+            return list(wishes)
+        agreed = [0] * len(wishes)
+        if self._work is not None and self._flags is not None:
             self._work.wait()
-            stop = bool(self._flag.numpy()[0])
-        self._flag = torch.tensor([int(wish)], dtype=torch.int32)
-        self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
-        return stop
+            agreed = [int(n) for n in self._flags.numpy()]
+        self._flags = torch.tensor(wishes, dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def settle(self, number: int) -> int:
+        """The largest number of all ranks, now. Waits for the exchange in flight."""
+        self.close()
+        if self._group is None:
+            return number
+        flag = torch.tensor([number], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag.numpy()[0])
 
     def close(self) -> None:
         """Wait for the exchange in flight."""

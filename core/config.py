@@ -98,7 +98,9 @@ class Train:
     eps: float = 1e-8
     clip: float = 0.0  # 0 = off; how (global or per parameter) is the method's business
     precision: str = "bf16"  # bf16 | fp32
-    max_bad_losses: int = 3  # stop after this many non-finite losses in a row
+    max_bad_losses: int = 3  # stop after this many bad losses in a row
+    explode: float = 20.0  # a loss of so many times its running mean is bad, as one that is not finite; 0 = off
+    rewinds: int = 0  # times that a run may go back to its last good checkpoint and leave bad steps' samples out
 
 
 @dataclass
@@ -112,7 +114,12 @@ class Launch:
     device: str = "auto"  # auto | cpu | cuda
     ranks: int = 0  # 0 = one per GPU, or two on CPU
     threads: int = 0  # intra-op threads per rank on CPU; 0 = cores / ranks
-    max_attempts: int = 1
+    max_attempts: int = 3  # of one submission
+    backoff_s: float = 10.0  # pause before the second attempt, doubled before each further one, an hour at most
+    deadline_h: float = 0.0  # no further attempt so long after the submission; 0 = none
+    time_limit_min: float = 0.0  # an attempt saves and leaves after so long; 0 = none
+    grace_s: float = 120.0  # that ranks may take to save and leave when asked to
+    hang_s: float = 1800.0  # a rank without a step for so long hangs (thrice before the first step); 0 = never
 
 
 @dataclass
@@ -126,7 +133,13 @@ class Loader:
 @dataclass
 class Checkpoint:
     every_steps: int = 1000
-    keep: int = 2
+    keep: int = 2  # newest ones
+    keep_every: int = 0  # and those whose step is a multiple of this; 0 = none
+    keep_best: int = 0  # and so many with the lowest loss on held-out images
+    pending: int = 4  # on their way to the store at once; further ones are passed over
+    patience_s: float = 600.0  # store silent for so long, and `pending` used up: save on this node's disk and leave
+    spool: str = ""  # folder of this node, or one that nodes share; "" = one in the system's temporary directory
+    accept: list[str] = field(default_factory=list)  # fingerprints of other recipes whose checkpoints may be taken up
 
 
 @dataclass
@@ -200,10 +213,14 @@ CHOICES = {
 POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
             "data.classes", "data.share", "data.repeats",
             "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",
+            "checkpoint.pending",
             "log.every_steps", "evaluate.seeds", "evaluate.students")  # fmt: skip
 NOT_NEGATIVE = ("train.epochs", "train.steps", "train.lr", "train.min_lr", "train.lr_batch", "train.weight_decay",
                 "train.warmup_epochs", "train.betas", "train.eps", "train.clip", "launch.ranks", "launch.threads",
-                "loader.workers", "log.flush_s", "seed", "student.drop_path", "data.max_bad_share",
+                "loader.workers", "log.flush_s", "seed", "train.explode", "train.rewinds", "launch.backoff_s",
+                "launch.deadline_h", "launch.time_limit_min", "launch.grace_s", "launch.hang_s",
+                "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.patience_s",
+                "student.drop_path", "data.max_bad_share",
                 "data.samples")  # fmt: skip
 AT_MOST = {"data.classes": 1, "data.share": 1}
 BELOW = {"train.betas": 1, "student.drop_path": 1, "seed": 2**32}

@@ -31,7 +31,7 @@ def load_student(run: Store) -> tuple[nn.Module, dict[str, Any], int]:
     Raises ConfigError when the run has no checkpoint yet.
     """
     recipe = read_recipe(run)
-    manifest = checkpoint.newest(run, fingerprint(recipe))
+    manifest = checkpoint.newest(run, [fingerprint(recipe), *recipe.checkpoint.accept])
     if manifest is None:
         raise ConfigError(f"{run.uri} has no complete checkpoint yet: wait for the first one (checkpoint.every_steps)")
     stage = manifest.position.stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -10,50 +11,75 @@ from torch import Tensor
 from core.comm import Comm
 from core.data.loader import MicroBatch
 from core.data.source import DataError
-from core.storage import MissingObject, Store
+from core.manifest import Window
+from core.storage import MissingObject, Store, StoreError
 
+MEMORY = 50.0  # losses that the running mean remembers
 FEW = 10  # broken samples that any data set may have, however small
 BAD_SAMPLES = "bad_samples.json"
 Step = tuple[int, list[Tensor]]  # number of an optimiser step and this rank's samples in it
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss was not a number too many times in a row."""
+class BadLossError(RuntimeError):
+    """The loss was not a number, or far above what it had been, too many times in a row."""
+
+    def __init__(self, text: str, window: Window) -> None:
+        super().__init__(text)
+        self.window = window  # steps to leave out if training is to go on from before them
 
 
 class LossGuard:
     """Follows the loss without synchronising; ranks compare notes when the loop logs."""
 
-    def __init__(self, run: Store, comm: Comm, limit: int) -> None:
-        self.run, self.comm, self.limit = run, comm, limit
+    def __init__(self, run: Store, comm: Comm, limit: int, explode: float = 0.0, claim: int = 0) -> None:
+        """limit: bad losses in a row.  explode: a loss above so many times its running mean is bad; 0 = any finite one
+        will do.  claim: of the attempt, which names the files of samples."""
+        self.run, self.comm, self.limit, self.explode, self.claim = run, comm, limit, explode, claim
+        self._mean = torch.full((), torch.nan, device=comm.device)  # over about the last 50 good losses
         self._seen: list[tuple[Step, Tensor]] = []  # since the last check: what was trained on, whether it went wrong
-        self._in_row: list[Step] = []  # whose losses were not finite
+        self._recent: list[Step] = []  # the step before a bad one may be what spoilt the weights
+        self._bad = 0  # in a row, at the last check
 
     def add(self, step: int, loss: Tensor, micros: list[MicroBatch]) -> None:
         """The loss of a step's last micro-batch (a bad one before it leaves nothing to compute this one with)."""
-        self._last = step, [micro.index for micro in micros]
-        self._seen.append((self._last, ~loss.detach().isfinite()))
+        value = loss.detach().float()
+        bad = ~value.isfinite()
+        if self.explode:
+            bad = bad | (value.abs() > self.explode * self._mean.abs())  # false while there is no mean yet
+            moved = torch.where(self._mean.isnan(), value, self._mean + (value - self._mean) / MEMORY)
+            self._mean = torch.where(bad, self._mean, moved)
+        self._seen.append(((step, [micro.index for micro in micros]), bad))
 
-    def check(self) -> None:
-        """Raises NonFiniteLossError on all ranks alike after `limit` bad losses in a row on any rank.
+    def check(self) -> bool:
+        """Whether the newest loss was good on all ranks.
 
-        The samples of the first of these steps are in the run folder then, those of each rank in a file.
+        Raises BadLossError on all ranks alike after `limit` bad losses in a row on any rank. The samples of the steps
+        in question are in the run folder then, those of each rank in a file.
         """
+        if not self._seen:
+            return self._bad == 0
         flags = self.comm.max(torch.stack([bad for _, bad in self._seen]).float()).tolist()
         for (step, _), bad in zip(self._seen, flags, strict=True):
-            self._in_row = [*self._in_row, step] if bad else []
-            if len(self._in_row) >= self.limit:
-                self.stop(f"the loss was not finite {self.limit} times in a row")
+            self._recent.append(step)
+            self._bad = self._bad + 1 if bad else 0
+            if self._bad >= self.limit:
+                self.stop(f"the loss was not finite or above its mean's bounds {self.limit} times in a row")
+            self._recent = self._recent[-1 - self._bad :]
         self._seen = []
+        return self._bad == 0
 
     def stop(self, reason: str) -> None:
-        """Write down the samples that it began with, and raise NonFiniteLossError."""
-        step, samples = (*self._in_row, self._last)[0]
-        about = {"step": step, "samples": torch.cat(samples).tolist()}
-        self.run.put(f"nonfinite/rank-{self.comm.rank:04d}.json", json.dumps(about).encode())
-        raise NonFiniteLossError(
-            f"step {step}: {reason}. The last good checkpoint is kept; the samples of this step are in "
-            f"{self.run.uri}/nonfinite. Try a lower train.lr, train.clip, or train.precision=fp32"
+        """Write down the samples that it may have begun with, and raise BadLossError."""
+        steps = self._recent
+        begun = steps[-max(self._bad, 1)][0]
+        about = {str(step): torch.cat(samples).tolist() for step, samples in steps}
+        place = f"bad-loss/{self.claim:06d}"
+        self.run.put(f"{place}/rank-{self.comm.rank:04d}.json", json.dumps(about).encode())
+        raise BadLossError(
+            f"step {begun}: {reason}. The last good checkpoint is kept; the samples of steps {steps[0][0]} to "
+            f"{steps[-1][0]} are in {self.run.uri}/{place}. Try a lower train.lr, train.clip, train.precision=fp32, or "
+            "train.rewinds=1 to go back and leave them out",
+            (steps[0][0], steps[-1][0]),
         )
 
 
@@ -64,6 +90,7 @@ class Quarantine:
         self.run, self.comm, self.samples, self.max_share = run, comm, samples, max_share
         self._known = _stored(run)
         self._new: set[str] = set()
+        self._unwritten = False
 
     def add(self, micros: list[MicroBatch]) -> None:
         self._new |= {key for micro in micros for key in micro.bad} - self._known
@@ -75,8 +102,11 @@ class Quarantine:
         """
         new = self.comm.union(self._new)
         self._new, self._known = set(), self._known | new
-        if new and self.comm.rank == 0:
-            self.run.put(BAD_SAMPLES, json.dumps(sorted(self._known), indent=0).encode())
+        self._unwritten = self._unwritten or bool(new)
+        if self._unwritten and self.comm.rank == 0:
+            with suppress(StoreError):  # training goes on; the next count tries again
+                self.run.put(BAD_SAMPLES, json.dumps(sorted(self._known), indent=0).encode())
+                self._unwritten = False
         bad = len(self._known)
         if bad > self.max_share * self.samples and bad > (FEW if self.max_share else 0):
             raise DataError(

@@ -1,16 +1,12 @@
-"""What a checkpoint consists of: its slices, files, sums, and where training goes on. Written last, once."""
+"""What a checkpoint consists of: its slices, files, sums, and where training goes on."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from core.storage import Store, StoreError, crc32c
-
 FOLDER = "checkpoints"
-SCHEMA = 1
-NAME = "manifest.json"
+Window = tuple[int, int]  # first and last step, of the run, whose samples are left out
 
 
 class CheckpointError(RuntimeError):
@@ -44,71 +40,58 @@ class Position:
     stage_step: int  # steps of this stage taken
     step: int  # steps taken over all stages
     finished: bool  # the stage is complete
+    samples: int = 0  # of this stage drawn so far: the position in the sample order
 
 
 @dataclass
 class Manifest:
+    """`key` names the folder of the files; the rest is what all ranks agree on, and what each rank wrote."""
+
     position: Position
     fingerprint: str
+    claim: int  # entry of the run's log with which the attempt that made it started
     attempt: int
     world: int
     zero_stage: int
     adam_step: int
     created: float
     shapes: dict[str, list[int]]  # of every tensor, by "kind/name" for buffers and method state, else by name
+    score: float | None = None  # loss on held-out images, where there are some
+    metrics: list[str] = field(default_factory=list)  # keys of the segments that hold all rows up to here
+    skipped: list[Window] = field(default_factory=list)
     files: dict[str, dict[str, int]] = field(default_factory=dict)  # name -> size, crc32c
     slices: list[Slice] = field(default_factory=list)
-    schema: int = SCHEMA
-    key: str = ""  # of the checkpoint's folder in the run
+    number: int = 0  # of its entry in the run's log; 0 = not committed
+
+    @property
+    def key(self) -> str:
+        """Folder of its files in the run."""
+        return folder(self.position.step, self.claim)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(about["size"] for about in self.files.values())
 
 
-def folder(step: int, attempt: int) -> str:
-    """Key of a checkpoint's folder in the run."""
-    return f"{FOLDER}/{step:08d}-a{attempt:04d}"
+def folder(step: int, claim: int) -> str:
+    """One attempt saves a step once; after a rewind it claims the run anew."""
+    return f"{FOLDER}/{step:08d}-{claim:06d}"
 
 
-def commit(run: Store, manifest: Manifest) -> None:
-    """Make the files of `manifest.key` a checkpoint.  Raises CheckpointError when somebody else already has."""
+def part(rank: int) -> str:
+    return f"rank-{rank:04d}"
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
     content = asdict(manifest)
-    content["crc32c"] = _sum(content)
-    if not run.put_if_absent(f"{manifest.key}/{NAME}", json.dumps(content).encode()):
-        raise CheckpointError(f"{run.uri}/{manifest.key}: another attempt has committed this checkpoint")
+    del content["number"]
+    return content
 
 
-def committed(run: Store, key: str) -> bool:
-    return run.size(f"{key}/{NAME}") is not None
-
-
-def read(run: Store, key: str) -> Manifest:
-    """Raises CheckpointError when it is damaged or not of this schema."""
-    try:
-        content: dict[str, Any] = json.loads(run.get(f"{key}/{NAME}"))
-        if content["schema"] != SCHEMA:
-            raise CheckpointError(f"{key}: checkpoint schema {content['schema']}, this Retort reads {SCHEMA}")
-        if content.pop("crc32c") != _sum(content):
-            raise CheckpointError(f"{key}/{NAME}: its checksum is wrong")
-        content["position"] = Position(**content["position"])
-        content["slices"] = [Slice(**s) for s in content["slices"]]
-        return Manifest(**content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{key}/{NAME}: unreadable: {error}") from None
-
-
-def keys(run: Store) -> list[str]:
-    """Folders of committed checkpoints, oldest first. What a later attempt wrote is newer, whatever its step."""
-    found = [e.key.rpartition("/")[0] for e in run.list(f"{FOLDER}/") if e.key.endswith(f"/{NAME}")]
-    return sorted(found, key=lambda key: key.rpartition("-a")[::-1])
-
-
-def retain(run: Store, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, manifests first."""
-    for key in keys(run)[:-keep]:
-        try:
-            run.delete(f"{key}/{NAME}")
-            run.delete(*[e.key for e in run.list(f"{key}/")])
-        except StoreError:
-            return  # a later checkpoint tries again
-
-
-def _sum(content: dict[str, Any]) -> int:
-    return crc32c(json.dumps(content, sort_keys=True).encode())
+def from_json(content: dict[str, Any]) -> Manifest:
+    """Raises TypeError, KeyError, ValueError when it is something else."""
+    content = {**content, "position": Position(**content["position"])}
+    content["skipped"] = [(int(first), int(last)) for first, last in content["skipped"]]
+    content["slices"] = [Slice(**s) for s in content["slices"]]
+    return Manifest(**content)

@@ -7,16 +7,21 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core import commits
 from core.comm import Comm
+from core.commits import Claim
+from core.manifest import Manifest
 from core.storage import Store
 
 FOLDER = "metrics"
+Keep = Callable[[str, Callable[[], object]], None]
 
 
 class Meter:
@@ -26,8 +31,6 @@ class Meter:
         self.comm = comm
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._in_row = torch.zeros((), device=comm.device)  # non-finite losses in a row
-        self._worst = torch.zeros((), device=comm.device)
 
     def add(self, report: dict[str, Tensor]) -> None:
         """Count scalars in; anything with dimensions is for the method's own use and is not logged."""
@@ -37,29 +40,24 @@ class Meter:
                 self._sums[name] = self._sums[name] + wide if name in self._sums else wide
                 self._counts[name] = self._counts.get(name, 0) + 1
 
-    def watch(self, loss: Tensor) -> None:
-        """Follow the step's loss for `bad_losses`."""
-        self._in_row = torch.where(loss.detach().isfinite(), torch.zeros_like(self._in_row), self._in_row + 1)
-        self._worst = torch.maximum(self._worst, self._in_row)
-
     def read(self) -> dict[str, float]:
-        """Means over micro-batches and ranks since the last reading; `bad_losses`: most non-finite losses in a row."""
+        """Means over micro-batches and ranks since the last reading."""
         names = sorted(self._sums)
         local = torch.stack([self._sums[n] / self._counts[n] for n in names])
-        values = torch.cat([self.comm.mean(local), self.comm.max(self._worst).to(local.dtype).view(1)]).tolist()
         self._sums, self._counts = {}, {}
-        return dict(zip([*names, "bad_losses"], values, strict=True))
+        return dict(zip(names, self.comm.mean(local).tolist(), strict=True))
 
 
 class MetricsLog:
-    """Rows of one attempt: a JSON-lines segment in the store and, beside it, TensorBoard event files."""
+    """Rows of one attempt as JSON lines, in segments that end where checkpoints are taken; TensorBoard files beside."""
 
-    def __init__(
-        self, run: Store, attempt: int, start_step: int, flush_s: float = 30.0, tensorboard: bool = False
-    ) -> None:
-        self._run, self._key = run, f"{FOLDER}/{attempt:04d}-{start_step:08d}.jsonl"
-        self._lines: list[str] = []
-        self._flushed, self._flush_s, self._when = 0, flush_s, time.monotonic()
+    def __init__(self, run: Store, claim: int, start: int, keep: Keep, flush_s: float = 30.0,
+                 tensorboard: bool = False) -> None:  # fmt: skip
+        """claim, start: of the attempt in the run's log, and the step it goes on from.  keep: called with a name and
+        what to do for it soon, beside training; a later call with the same name replaces an earlier one."""
+        self._run, self._claim, self._keep = run, claim, keep
+        self._flush_s, self._when = flush_s, time.monotonic()
+        self._begin(start)
         self._board = Board(run) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -70,17 +68,32 @@ class MetricsLog:
             self.flush()
 
     def flush(self) -> None:
-        if len(self._lines) > self._flushed:
-            self._run.put(self._key, ("\n".join(self._lines) + "\n").encode())
-            self._flushed = len(self._lines)
-            if self._board is not None:
-                self._board.flush()
+        if self._lines:
+            put = partial(self._run.put, self._key, self._content())
+            self._keep(self._key, put)
+        if self._board is not None:
+            self._keep("tensorboard", self._board.flush)
         self._when = time.monotonic()
 
+    def cut(self, step: int) -> tuple[str, bytes]:
+        """End the segment at a checkpoint's step; its key and whole content. The next one begins there."""
+        segment = self._key, self._content()
+        self._begin(step)
+        return segment
+
     def close(self) -> None:
-        self.flush()
         if self._board is not None:
             self._board.close()
+
+    def _begin(self, step: int) -> None:
+        self._key, self._lines = segment_key(self._claim, step), list[str]()
+
+    def _content(self) -> bytes:
+        return "".join(f"{line}\n" for line in self._lines).encode()
+
+
+def segment_key(claim: int, start: int) -> str:
+    return f"{FOLDER}/{claim:06d}-{start:08d}.jsonl"
 
 
 class Board:
@@ -115,14 +128,24 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(run: Store) -> list[dict[str, Any]]:
-    """All rows of a run in step order. A later attempt's segment replaces earlier rows from its start step on."""
-    rows: list[dict[str, Any]] = []
-    for entry in sorted(run.list(f"{FOLDER}/"), key=lambda e: e.key):
-        start = int(entry.key.rpartition("-")[2].removesuffix(".jsonl"))
-        new = [json.loads(line) for line in run.get(entry.key).decode().splitlines()]
-        again = {(row.get("stage"), row["step"]) for row in new}
-        rows = [row for row in rows if row["step"] <= start and (row.get("stage"), row["step"]) not in again] + new
-    return rows
+    """All rows of a run's present course, in step order, none lost or doubled.
+
+    These are the segments that the newest checkpoint names, and what its attempt, or the one that has gone on from it
+    since, has written behind it.
+    """
+    head = next(commits.entries(run), None)
+    claim = head.number if isinstance(head, Claim) else head.claim if head else 0
+    base = head if isinstance(head, Manifest) else next(commits.checkpoints(run), None)
+    names, start = (base.metrics, base.position.step) if base else ([], 0)
+    behind = [e.key for e in run.list(f"{FOLDER}/{claim:06d}-") if e.key >= segment_key(claim, start)]
+    keys = [*names, *(key for key in behind if key not in names)]
+    return [json.loads(line) for key in keys for line in run.get(key).decode().splitlines()]
+
+
+def last_step(run: Store) -> int:
+    """Of all that has been logged."""
+    rows = read_metrics(run)
+    return int(rows[-1]["step"]) if rows else 0
 
 
 class Pace:

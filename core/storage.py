@@ -91,8 +91,9 @@ class Store(ABC):
         return f"{type(self).__name__}({self.uri!r})"
 
 
-def crc32c(data: bytes) -> int:
-    return int(google_crc32c.value(data))
+def crc32c(data: bytes, before: int = 0) -> int:
+    """Checksum of `data`, or of it behind something whose checksum is `before`."""
+    return int(google_crc32c.extend(before, data))
 
 
 def resolve(uri: str, root: str) -> str:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
 
 from core.attempt import Attempt
+from core.attempt import Outcome as Outcome
 from core.checkpoint import Reader, newest
-from core.comm import Comm, StopFlag
-from core.config import Recipe, fingerprint
+from core.comm import Comm
+from core.commits import SupersededError
+from core.config import Recipe
+from core.courier import Fate
 from core.engine import pick_device
+from core.guard import BadLossError as BadLossError
 from core.guard import LossGuard, Quarantine
-from core.guard import NonFiniteLossError as NonFiniteLossError
 from core.manifest import Position
-from core.metrics import Meter, MetricsLog, Pace
+from core.metrics import Meter, Pace
 from core.stage import Stage, build
 from core.storage import Store
-
-
-class Outcome(enum.Enum):
-    FINISHED = "finished"
-    PREEMPTED = "preempted"
 
 
 def train(
@@ -34,32 +31,41 @@ def train(
 
     run: the run's folder in the store.  on_progress: called with every logged row (rank 0 only).  should_stop: this
     rank's wish to stop; all ranks then save at the same step and leave.
-    Raises NonFiniteLossError and DataError (too many broken images) on all ranks alike, and what `build` raises.
+    Raises BadLossError and DataError (too many broken images) on all ranks alike, and what `build` raises.
     """
-    comm = Comm(pick_device(recipe.launch.device))
-    identity = fingerprint(recipe)
-    last = newest(run, identity, verify=comm)
-    step = last.position.step if last else 0
-    log = MetricsLog(run, attempt, step, recipe.log.flush_s, recipe.log.tensorboard and comm.rank == 0)
-    own = Attempt(recipe, identity, run, attempt, comm, log, StopFlag(comm), on_progress, should_stop)
-    names = recipe.stage_names()
+    comm, skip = Comm(pick_device(recipe.launch.device)), None
+    while True:
+        try:
+            with closing(Attempt(recipe, run, attempt, comm, on_progress, should_stop, skip)) as own:
+                return _train_stages(own, root)
+        except SupersededError:
+            return Outcome.SUPERSEDED
+        except BadLossError as error:
+            if len(own.claim.skipped) >= recipe.train.rewinds:
+                raise
+            skip = error.window
+            if comm.rank == 0:
+                print(f"warning: {error}; rewinding, steps {skip[0]} to {skip[1]} are left out", flush=True)
+
+
+def _train_stages(own: Attempt, root: str) -> Outcome:
+    recipe, comm, last = own.recipe, own.comm, own.manifest
+    names, step = recipe.stage_names(), last.position.step if last else 0
     done = names.index(last.position.stage) + last.position.finished if last else 0
-    outcome = Outcome.FINISHED
-    with closing(log):
-        for name in names[done:]:
-            stage, start = build(recipe, name, step, root, comm, Reader(run, last) if last else None)
-            outcome, step = _train_stage(own, stage, start)
-            if outcome is Outcome.PREEMPTED:
-                break
-            last = newest(run, identity)
-        own.stop.close()
-    return outcome
+    for name in names[done:]:
+        stage, start = build(recipe, name, step, root, comm, Reader(own.run, last) if last else None)
+        outcome, step = _train_stage(own, stage, start)
+        if outcome is not Outcome.FINISHED:
+            return outcome
+        last = newest(own.run)
+    return Outcome.FINISHED
 
 
 def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
     """One stage from its step `start` to its end or to a wish to stop; returns the outcome and the run's step."""
     recipe, settings, method, engine, comm = own.recipe, stage.settings, stage.method, stage.engine, own.comm
-    meter, pace, losses = Meter(comm), Pace(settings.batch), LossGuard(own.run, comm, settings.max_bad_losses)
+    meter, pace = Meter(comm), Pace(settings.batch)
+    losses = LossGuard(own.run, comm, settings.max_bad_losses, settings.explode, own.claim.number)
     quarantine = Quarantine(own.run, comm, len(stage.source), recipe.data.max_bad_share)
     batches, last = stage.batches(start), stage.first_step + stage.steps
     engine.train(True)
@@ -70,6 +76,10 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
         pace.wait()
         micros = next(batches)
         pace.go()
+        taken, total = step + 1, stage.first_step + step + 1
+        if own.skips(total) and taken < stage.steps:
+            own.watchdog.step()
+            continue
         for loss, report in stage.backward(step, micros):
             meter.add({"loss": loss, **report})
         values = method.schedules(step)
@@ -77,26 +87,25 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
         meter.add(method.after_step(step, comm))
         quarantine.add(micros)
 
-        taken, total = step + 1, stage.first_step + step + 1
         losses.add(total, loss, micros)
-        stopping = own.stopping() and taken < stage.steps
-        saving = taken % recipe.checkpoint.every_steps == 0 or taken == stage.steps or stopping
+        ending = own.stopping() if taken < stage.steps else None
+        must = taken == stage.steps or ending is not None
+        saving = must or taken % recipe.checkpoint.every_steps == 0
         if saving or taken % recipe.log.every_steps == 0 or taken == 1:
-            row = {
-                "stage": stage.name,
-                "step": total,
-                "steps": stage.run_steps,
-                **meter.read(),
-                **values,
-            }
+            row = {"stage": stage.name, "step": total, "steps": stage.run_steps, **meter.read(), **values}
             row |= {"epoch": micros[0].epoch, "bad_samples": quarantine.count(), **pace.read(stage.run_steps - total)}
-            own.tell(row | {"heldout_loss": stage.heldout() if saving else None})
-            losses.check()
-        if saving:
-            saved = own.save(stage, Position(stage.name, taken, total, taken == stage.steps))
-            if not saved and taken == stage.steps:
-                losses.stop("weights or statistics are not finite any more")
+            score = stage.heldout() if saving else None
+            own.tell(row | {"heldout_loss": score})
+            good = losses.check()
+        if saving and (good or must):
+            position = Position(stage.name, taken, total, taken == stage.steps, taken * settings.batch)
+            own.save(stage, position, score, must)
             pace.restart()
-        if stopping:
-            return Outcome.PREEMPTED, total
-    return Outcome.FINISHED, last
+        if ending is not None:
+            fate = own.settle(own.grace_s())
+            return (Outcome.SUPERSEDED if fate is Fate.SUPERSEDED else ending), total
+    fate = own.settle(recipe.checkpoint.patience_s)
+    if fate is Fate.REFUSED:
+        losses.stop("weights or statistics are not finite any more")
+    outcomes = {Fate.COMMITTED: Outcome.FINISHED, Fate.SUPERSEDED: Outcome.SUPERSEDED}
+    return outcomes.get(fate, Outcome.OUTAGE), last

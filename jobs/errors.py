@@ -16,7 +16,7 @@ EXPECTED = (
     ("core.data.source", "DataError", USER),
     ("core.models.weights", "WeightsError", USER),
     ("core.storage", "StoreError", NOT_READY),
-    ("core.guard", "NonFiniteLossError", BUG),
+    ("core.guard", "BadLossError", BUG),
     ("core.manifest", "CheckpointError", BUG),
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
+from core import commits
 from core.metrics import read_metrics
 from core.storage import Entry, MissingObject, Store
 
@@ -94,7 +94,7 @@ class Facts:
 
 def gather(run: Store, root: str, now: float) -> Facts:
     """Read a run folder.  Raises StoreError for anything but what is not there."""
-    segments = [e.key.removesuffix(".jsonl").rpartition("/")[2].split("-") for e in run.list("metrics/")]
+    course = list(commits.checkpoints(run, warn=_ignore))
     evaluations = [e.key for e in run.list("evaluations/") if e.key.endswith(".json")]
     return Facts(
         uri=run.uri,
@@ -105,9 +105,9 @@ def gather(run: Store, root: str, now: float) -> Facts:
         transitions=[_json(run, e.key) for e in run.list("transitions/")],
         heartbeat=_json(run, "heartbeat.json"),
         rows=read_metrics(run),
-        starts={int(attempt): int(step) for attempt, step in segments},
+        starts=_starts(run),
         evaluations={key.rpartition("/")[2].removesuffix(".json"): _json(run, key) for key in evaluations},
-        checkpoints=_checkpoints(run.list("checkpoints/")),
+        checkpoints=[Checkpoint(m.position.step, m.attempt, m.size, m.created) for m in reversed(course)],
         exported=list(run.list("export/")),
         arguments=_json(run, "export/config.json"),
     )
@@ -125,18 +125,13 @@ def _json(run: Store, key: str) -> Json:
     return content
 
 
-def _checkpoints(entries: Iterable[Entry]) -> list[Checkpoint]:
-    """From names and sizes alone: manifests of large models are large."""
-    folders: dict[str, list[Entry]] = {}
-    for entry in entries:
-        folders.setdefault(entry.key.split("/")[1], []).append(entry)
-    found = []
-    for name, files in sorted(folders.items()):
-        step, _, attempt = name.partition("-a")
-        written = [f.modified for f in files if f.key.endswith("/manifest.json")]
-        if written and step.isdigit() and attempt.isdigit():
-            found.append(Checkpoint(int(step), int(attempt), sum(f.size for f in files), written[0]))
-    return found
+def _starts(run: Store) -> dict[int, int]:
+    """Step that each attempt went on from."""
+    return {claim.attempt: claim.step for claim in commits.claims(run)}
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def _attempt(number: int, moves: list[Json]) -> Attempt:

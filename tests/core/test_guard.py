@@ -9,7 +9,7 @@ import torch
 from core.comm import Comm
 from core.data.loader import MicroBatch
 from core.data.source import DataError
-from core.guard import BAD_SAMPLES, FEW, LossGuard, NonFiniteLossError, Quarantine
+from core.guard import BAD_SAMPLES, FEW, BadLossError, LossGuard, Quarantine
 from core.storage import Store, open_store
 
 ALONE = Comm(torch.device("cpu"))
@@ -40,7 +40,7 @@ def test_bad_losses_with_good_ones_between_do_not_end_a_run(run: Store, check_ev
 
 @pytest.mark.parametrize("check_every", [1, 2, 5])
 def test_bad_losses_in_a_row_end_it_with_the_samples_they_began_with(run: Store, check_every: int) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"^step 2: the loss was not finite 3 times in a row"):
+    with pytest.raises(BadLossError, match=r"^step 2: the loss was not finite 3 times in a row"):
         follow(LossGuard(run, ALONE, 3), [1.0, NAN, float("inf"), NAN, NAN], check_every)
     assert json.loads(run.get("nonfinite/rank-0000.json")) == {"step": 2, "samples": [20, 21]}
 
@@ -48,7 +48,7 @@ def test_bad_losses_in_a_row_end_it_with_the_samples_they_began_with(run: Store,
 def test_without_a_bad_loss_the_last_step_is_written_down(run: Store) -> None:
     guard = LossGuard(run, ALONE, 3)
     follow(guard, [1.0, 1.0], 1)
-    with pytest.raises(NonFiniteLossError, match="step 2: weights are gone"):
+    with pytest.raises(BadLossError, match="step 2: weights are gone"):
         guard.stop("weights are gone")
     assert json.loads(run.get("nonfinite/rank-0000.json"))["samples"] == [20, 21]
 

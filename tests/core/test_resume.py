@@ -33,7 +33,7 @@ def _train(recipe: Recipe, root: str, name: str, attempt: int, stop_after: int =
 
 def _weights(root: str, name: str, recipe: Recipe) -> dict[str, Any]:
     run = open_store(f"{root}/runs/{name}")
-    manifest = checkpoint.newest(run, fingerprint(recipe))
+    manifest = checkpoint.newest(run, [fingerprint(recipe)])
     assert manifest is not None
     reader = checkpoint.Reader(run, manifest)
     return {**reader.model(), **reader.whole("exp_avg"), **reader.whole("exp_avg_sq"), **reader.whole("method")}

@@ -21,7 +21,7 @@ from core.data.views import View
 from core.export import export, verify
 from core.methods.base import complete
 from core.storage import Store, open_store
-from core.train import NonFiniteLossError, Outcome, train
+from core.train import BadLossError, Outcome, train
 from tests import toy
 from tests.host_syncs import SYNCS, HostSyncs
 from tests.ranks import run_ranks
@@ -40,7 +40,7 @@ def attempt(wanted: Recipe, root: str, name: str, number: int = 1, stop_at: int 
 
     try:
         return train(wanted, open_store(f"{root}/runs/{name}"), root, number, rows.append, should_stop), rows
-    except (NonFiniteLossError, DataError) as error:
+    except (BadLossError, DataError) as error:
         return error, rows
 
 
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(
     ends: dict[str, Any], name: str, kept: int, told: int
 ) -> None:
     root, said = ends["root"], [str(error) for error, _ in ends[name]]
-    assert all(isinstance(error, NonFiniteLossError) for error, _ in ends[name])
+    assert all(isinstance(error, BadLossError) for error, _ in ends[name])
     assert said[0] == said[1], "all ranks say the same"
     first_bad = 3
     assert said[0].startswith(f"step {first_bad}: ")
@@ -358,7 +358,7 @@ def test_a_method_unlike_the_shipped_one_needs_no_other_line_of_code(
     run.put("recipe.yaml", to_yaml(at(3)).encode())
     export(run, root, ["timm"])
     assert verify(run) == 0.0
-    found = newest(run, fingerprint(at(3)))
+    found = newest(run, [fingerprint(at(3))])
     assert found is not None
     assert Reader(run, found).whole("method").keys() == {"mean"}
 

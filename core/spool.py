@@ -1,0 +1,63 @@
+"""Files of a run that are not in the store yet, in a folder of this node, under the keys that they will have there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Union
+
+from core.storage import TEMP, Store
+
+Bytes = Union[bytes, "memoryview[int]"]  # noqa: UP007 (not a type at run time in Python 3.11)
+
+
+class Spool:
+    """A run's folder on this node's disk (or on one that nodes share). Writes are atomic, nothing is flushed: what
+    must survive is the process, not the machine, and whoever reads compares checksums."""
+
+    def __init__(self, base: str, run: Store) -> None:
+        """base: folder for all runs; "" = one of this user's in the system's temporary directory."""
+        name = hashlib.sha256(run.uri.encode()).hexdigest()[:24]
+        self.folder = Path(base or f"{tempfile.gettempdir()}/retort-spool-{os.getuid()}") / name
+
+    def write(self, key: str, data: Bytes) -> Path:
+        """Raises OSError: no space, no rights, or the folder is somebody else's."""
+        path = self.folder / key
+        temp = path.with_name(f"{TEMP}{os.getpid()}-{path.name}")
+        try:
+            self._open(temp).write_bytes(data)
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+        return path
+
+    def remove(self, key: str) -> None:
+        path = self.folder / key
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or somebody else's turn
+            while path != self.folder:
+                path = path.parent
+                path.rmdir()
+
+    def keys(self) -> list[str]:
+        """What waits to be uploaded, a part's description behind the part."""
+        if not self.folder.is_dir() or not self._is_ours():
+            return []
+        found = [p for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith(TEMP)]
+        return [str(p.relative_to(self.folder)) for p in sorted(found, key=lambda p: (p.suffix == ".json", p))]
+
+    def _open(self, temp: Path) -> Path:
+        for _ in range(100):
+            with suppress(FileNotFoundError):  # another rank's removal has just pruned the folder
+                temp.parent.mkdir(parents=True, exist_ok=True)
+                self.folder.chmod(0o700)
+                temp.touch()
+                break
+        return temp
+
+    def _is_ours(self) -> bool:
+        """Nobody else could plant files in it: temporary directories are open to all users of a machine."""
+        return self.folder.stat().st_uid == os.getuid() and not self.folder.is_symlink()
