@@ -4,7 +4,8 @@
 # 75 preempted, 1 failed.
 SHELL := /bin/sh
 PYTHON ?= python3
-OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS SRC DST SHORT_SIDE TAIL METHOD PYTHON
+OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SHORT_SIDE \
+	TAIL METHOD CHECKPOINT PYTHON
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
@@ -38,7 +39,8 @@ $(VERBS): setup
 	@.venv/bin/python -m jobs $@
 
 bench: setup
-	@if [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
+	@if [ -n "$$CHECKPOINT" ]; then .venv/bin/python -m tests.perf.checkpoint; \
+	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
 
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes
@@ -49,10 +51,11 @@ submit:  ## start or resume a recipe: RECIPE= [SET="a.b=c ..."] [PROFILE=smoke] 
 status:  ## all runs [or one: RUN=]
 logs:  ## what the ranks of a run wrote: RUN= [TAIL=20]
 cancel:  ## stop a run: RUN=
-resume:  ## go on from the newest checkpoint: RUN=
+resume:  ## go on from the newest checkpoint: RUN= [NPROC=4] [SET=] [RECIPE=] [LAUNCHER=] [FORCE=1]
 shards:  ## rewrite a data set into indexed shards: SRC= DST= [SHORT_SIDE=256]
 eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
 export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
 report:  ## write a run's report: RUN=
-features gc image manifests:  ## not built yet
-bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=: a method's maths against its plain formulas
+gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago]
+features image manifests:  ## not built yet
+bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving

@@ -117,7 +117,9 @@ class Attempt:
         while self.newest.fate is Fate.PENDING and not self.courier.superseded and time.monotonic() < limit:
             time.sleep(0.005)
         fate = Fate.SUPERSEDED if self.courier.superseded else self.newest.fate
-        return Fate(self.wishes.settle(fate))
+        settled = Fate(self.wishes.settle(fate))
+        self.watchdog.begin()
+        return settled
 
     def grace_s(self) -> float:
         """Seconds left to leave in, once asked."""

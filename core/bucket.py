@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -121,6 +122,20 @@ class S3Store(Store):
         with ThreadPoolExecutor(self.options.threads) as pool:
             list(pool.map(remove, keys, targets))
 
+    def abandoned(self, older_s: float, remove: bool) -> int:
+        query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix}
+        found, before = [], time.time() - older_s
+        while True:
+            page = self._run("", lambda client: client.list_multipart_uploads(**query))
+            found += [u for u in page.get("Uploads", ()) if u["Initiated"].timestamp() <= before]
+            if not page.get("IsTruncated"):
+                break
+            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for upload in found if remove else ():
+            target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._run(upload["Key"], partial(_abort, target))
+        return len(found)
+
     def sub(self, prefix: str) -> S3Store:
         store = S3Store(f"{self.uri}/{check_key(prefix.rstrip('/'), 'prefix')}", self.options)
         store._link = self._link
@@ -184,6 +199,10 @@ class S3Store(Store):
                 break
         # Raised outside the handler: botocore's own errors, which may quote a request, do not hang on ours.
         raise explained(error, f"{self.uri}/{key}", self._link.host(), self.options.attempts)
+
+
+def _abort(target: dict[str, str], client: Any) -> None:
+    client.abort_multipart_upload(**target)
 
 
 def _metadata(client: Any, target: dict[str, str]) -> dict[str, str]:

@@ -80,21 +80,21 @@ class Reader:
         self._by_tensor: dict[tuple[str, str], list[Slice]] = {}
         for piece in manifest.slices:
             self._by_tensor.setdefault((piece.kind, piece.name), []).append(piece)
-        self._loaded: dict[tuple[str, int], Tensor] = {}  # (file, offset) -> flat tensor
+        self._loaded: dict[Slice, Tensor] = {}  # flat (by slice: an empty one lies where the next begins)
 
     def prefetch(self, wanted: list[tuple[str, str, int, int]]) -> None:
         """Fetch what these (kind, name, start, numel) ranges need.  Raises as `verify` does."""
-        needed = {(s.file, s.offset): s for each in wanted for s in self._over(*each)}
-        for piece, data in self._fetch([s for place, s in needed.items() if place not in self._loaded]):
+        needed = {s for each in wanted for s in self._over(*each)}
+        for piece, data in self._fetch(list(needed - self._loaded.keys())):
             flat = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).view(DTYPES[piece.dtype])
-            self._loaded[piece.file, piece.offset] = flat
+            self._loaded[piece] = flat
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements start..start+numel of a flattened tensor, from as many slices as they lie in."""
         self.prefetch([(kind, name, start, numel)])
         parts = []
         for piece in self._over(kind, name, start, numel):
-            flat = self._loaded[piece.file, piece.offset]
+            flat = self._loaded[piece]
             parts.append(flat[max(start - piece.start, 0) : start + numel - piece.start])
         return torch.cat(parts)
 

@@ -77,8 +77,8 @@ class Wishes:
         if self._group is None:
             return list(wishes)
         agreed = [0] * len(wishes)
-        if self._work is not None and self._flags is not None:
-            self._work.wait()
+        if self._flags is not None:
+            self.close()
             agreed = [int(n) for n in self._flags.numpy()]
         self._flags = torch.tensor(wishes, dtype=torch.int32)
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)

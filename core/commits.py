@@ -112,10 +112,10 @@ def checkpoints(run: Store, warn: Callable[[str], object] = print) -> Iterator[M
     return (entry for entry in entries(run, warn) if isinstance(entry, Manifest))
 
 
-def claims(run: Store) -> list[Claim]:
-    """Starts of attempts, oldest first, dead ends included."""
+def claims(run: Store, after: int = 0) -> list[Claim]:
+    """Starts of attempts behind entry `after`, oldest first, dead ends included."""
     found = []
-    for number in numbers(run):
+    for number in [n for n in numbers(run) if n > after]:
         try:
             entry = read(run, number)
         except (CheckpointError, MissingObject):

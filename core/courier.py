@@ -106,10 +106,8 @@ class Courier:
 
     def keep(self, name: str, put: Callable[[], object]) -> None:
         """Something the run can do without: put when there is time, the newest of each name; failure is only told."""
-        fresh = name not in self._loose
         self._loose[name] = put
-        if fresh:
-            self._net.submit(lambda: self._guarded(lambda: self._loosely(self._loose.pop(name))))
+        self._net.submit(lambda: self._guarded(lambda: self._loosely(self._loose.pop(name, _nothing))))
 
     @property
     def pending(self) -> int:
@@ -234,6 +232,10 @@ def _put(run: Store, key: str, source: bytes | Path) -> None:
             run.put_file(key, source)
     else:
         run.put(key, source)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from core import checkpoint
+from core import checkpoint, retention
 from core.config import ConfigError, Recipe, fingerprint, from_yaml
 from core.methods.base import create
 from core.models.students import build_arguments
@@ -35,10 +35,13 @@ def load_student(run: Store) -> tuple[nn.Module, dict[str, Any], int]:
     if manifest is None:
         raise ConfigError(f"{run.uri} has no complete checkpoint yet: wait for the first one (checkpoint.every_steps)")
     stage = manifest.position.stage
-    settings, recipe, reader = recipe.stage(stage), recipe.at(stage), checkpoint.Reader(run, manifest)
+    settings, recipe = recipe.stage(stage), recipe.at(stage)
+    with retention.hold(run, manifest.number):
+        reader = checkpoint.Reader(run, manifest)
+        weights, state = reader.model(), reader.whole("method")
     arguments = build_arguments(recipe.student.name, recipe.student.args, settings.img_size)
     model = create_model(recipe.student.name, recipe.student.args, settings.img_size, "student")
-    load_strict(model, create(recipe, settings, 1).export(reader.model(), reader.whole("method")))
+    load_strict(model, create(recipe, settings, 1).export(weights, state))
     return model.eval(), {"model_name": recipe.student.name, "num_classes": 0, **arguments}, settings.img_size
 
 

@@ -27,6 +27,9 @@ class BadLossError(RuntimeError):
         super().__init__(text)
         self.window = window  # steps to leave out if training is to go on from before them
 
+    def __reduce__(self) -> tuple[type[BadLossError], tuple[str, Window]]:
+        return type(self), (str(self), self.window)  # it travels between processes
+
 
 class LossGuard:
     """Follows the loss without synchronising; ranks compare notes when the loop logs."""

@@ -29,6 +29,13 @@ def collect(run: Store, key: str) -> Manifest | str | None:
     sizes = {e.key.removeprefix(f"{key}/"): e.size for e in run.list(f"{key}/")}
     if f"{part(0)}.json" not in sizes:
         return None
+    try:
+        return _whole(run, key, sizes)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{key}: a part's description is unreadable: {error}"
+
+
+def _whole(run: Store, key: str, sizes: dict[str, int]) -> Manifest | str | None:
     first = _read(run, f"{key}/{part(0)}.json")
     manifest = manifests.from_json(first["about"])
     names = [part(rank) for rank in range(manifest.world)]

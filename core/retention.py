@@ -56,6 +56,7 @@ def retain(run: Store, policy: Policy) -> None:
     stay = reasons(course, policy, held(run)).keys()
     if not course:
         return
+    files = {m.key for m in course if m.number in stay}  # a dead end may have come to life again under another number
     for number in commits.numbers(run):
         if number in stay or number > course[0].number:
             continue
@@ -63,7 +64,8 @@ def retain(run: Store, policy: Policy) -> None:
             entry = policy.read(run, number)
             if isinstance(entry, Manifest):
                 run.delete(commits.key(number))
-                drop(run, entry.key)
+                if entry.key not in files:
+                    drop(run, entry.key)
 
 
 def drop(run: Store, key: str) -> None:

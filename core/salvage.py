@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ from core import commits, manifest, parts
 from core.checkpoint import newest
 from core.comm import Comm
 from core.commits import Claim, SupersededError
-from core.manifest import Manifest, Window
+from core.manifest import CheckpointError, Manifest, Window
 from core.metrics import last_step
 from core.spool import Spool
 from core.storage import Store
 
 OLD = -1
-NAME = re.compile(rf"{manifest.FOLDER}/(\d+)-(\d+)/")
+NAME = re.compile(rf"{manifest.FOLDER}/(\d+)-(\d+)(/|$)")
+Place = tuple[int, int]  # step and claim
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ def begin(
         if _agree(comm, seen) == OLD:
             raise SupersededError(f"{run.uri}: a newer attempt than {attempt} has started")
         last = newest(run, fingerprints, verify=comm)
+        if last is None and (other := _of_another_recipe(run, fingerprints)):
+            raise CheckpointError(
+                f"{run.uri}/{other.key} belongs to another recipe ({other.fingerprint[:10]}), and so does every sound "
+                "checkpoint of this run: resume it with its own recipe, or with FORCE=1"
+            )
         won = comm.rank == 0 and commits.append(run, _claim(run, attempt, last, skip), seen + 1)
         if number := _agree(comm, seen + 1 if won else 0):
             claim = commits.read(run, number)
@@ -54,21 +61,22 @@ def begin(
 def upload(run: Store, spool: Spool) -> None:
     """What earlier attempts left on this node's disk: parts that are newer than every checkpoint, rows of metrics."""
     waiting = spool.keys()
-    above = _border(run) if waiting else (0, 0)
+    above = border(run) if waiting else (0, 0)
     for key in waiting:
-        place = NAME.match(key)
-        if place is None or _is_newer(place, above):
+        place = place_of(key)
+        if place is None or is_newer(place, above):
             print(f"uploading what an earlier attempt left on this node: {key}", flush=True)
-            run.put_file(key, spool.folder / key)
+            with suppress(FileNotFoundError):  # done by a node that shares the folder, or by an attempt that lives
+                run.put_file(key, spool.folder / key)
         spool.remove(key)
 
 
 def adopt(run: Store, fingerprints: list[str]) -> Manifest | None:
     """Commit the newest checkpoint of which all parts are there though nobody has: its attempt died before it could."""
-    above, last = _border(run), max(commits.numbers(run), default=0)
-    found = {place[0]: place for e in run.list(f"{manifest.FOLDER}/") if (place := NAME.match(e.key))}
-    for key in sorted((k for k, place in found.items() if _is_newer(place, above)), reverse=True):
-        whole = parts.collect(run, key.rstrip("/"))
+    above, last = border(run), max(commits.numbers(run), default=0)
+    folders = {e.key.rpartition("/")[0] for e in run.list(f"{manifest.FOLDER}/")}
+    for key in sorted((k for k in folders if (place := place_of(k)) and is_newer(place, above)), reverse=True):
+        whole = parts.collect(run, key)
         if isinstance(whole, Manifest) and whole.fingerprint in fingerprints:
             try:
                 commits.commit(run, whole, last)
@@ -79,20 +87,22 @@ def adopt(run: Store, fingerprints: list[str]) -> Manifest | None:
     return None
 
 
-def _border(run: Store) -> tuple[int, int]:
+def border(run: Store) -> Place:
     """(step, claim) of the newest checkpoint; behind a rewind, nothing of the claims before it counts."""
-    claim = 0
-    for entry in commits.entries(run, warn=lambda text: None):
-        if isinstance(entry, Manifest):
-            return entry.position.step, max(claim, entry.claim)
-        if entry.rewound:
-            claim = max(claim, entry.number)
-    return 0, claim
+    last = next(commits.checkpoints(run, warn=lambda text: None), None)
+    step, claim, number = (last.position.step, last.claim, last.number) if last else (0, 0, 0)
+    rewound = [c.number for c in commits.claims(run, number) if c.rewound]  # also when others have started since
+    return step, max([claim, *rewound])
 
 
-def _is_newer(place: re.Match[str], above: tuple[int, int]) -> bool:
-    step, claim = int(place[1]), int(place[2])
-    return step > above[0] and claim >= above[1]
+def place_of(key: str) -> Place | None:
+    """Step and claim of a checkpoint's folder or of a file in it; None for any other key."""
+    found = NAME.match(key)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def is_newer(place: Place, above: Place) -> bool:
+    return place[0] > above[0] and place[1] >= above[1]
 
 
 def _look(run: Store, fingerprints: list[str], attempt: int) -> int:
@@ -102,6 +112,11 @@ def _look(run: Store, fingerprints: list[str], attempt: int) -> int:
         return OLD
     adopt(run, fingerprints)
     return max(commits.numbers(run), default=0)
+
+
+def _of_another_recipe(run: Store, fingerprints: list[str]) -> Manifest | None:
+    course = commits.checkpoints(run, warn=lambda text: None)
+    return next((m for m in course if m.fingerprint not in fingerprints), None)
 
 
 def _agree(comm: Comm, number: int) -> int:

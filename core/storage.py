@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -83,6 +84,10 @@ class Store(ABC):
     @abstractmethod
     def delete(self, *keys: str) -> None:
         """Removes objects; absent ones are fine."""
+
+    @abstractmethod
+    def abandoned(self, older_s: float, remove: bool) -> int:
+        """Number of writes that were broken off so long ago and left something no reader sees; `remove` clears them."""
 
     @abstractmethod
     def sub(self, prefix: str) -> Store: ...
@@ -183,6 +188,13 @@ class FileStore(Store):
             with local_errors(str(path)), suppress(*ABSENT):
                 path.unlink()
                 self._prune(path.parent)
+
+    def abandoned(self, older_s: float, remove: bool) -> int:
+        with local_errors(self.uri):
+            found = [p for p in self.root.rglob(f"{TEMP}*") if p.stat().st_mtime <= time.time() - older_s]
+            for path in found if remove else ():
+                path.unlink(missing_ok=True)
+        return len(found)
 
     def sub(self, prefix: str) -> FileStore:
         return FileStore(self.root / check_key(prefix.rstrip("/"), "prefix"))

@@ -30,9 +30,13 @@ class Watchdog:
         self.limit_s, self.name, self.run = limit_s, name, run
         self._closed = threading.Event()
         self._native = 0.0  # when the second watch is due to be set again
-        self._arm(START * limit_s)
+        self.begin()
         if limit_s:
             threading.Thread(target=self._watch, name="retort-watchdog", daemon=True).start()
+
+    def begin(self) -> None:
+        """A first step is ahead, of the attempt or of a further stage."""
+        self._arm(START * self.limit_s)
 
     def step(self) -> None:
         """The rank is alive."""

@@ -41,13 +41,15 @@ VERBS = {
     "status": Verb("runs.status", "all runs, or one", RUN, ("store", "json")),
     "logs": Verb("runs.logs", "what the ranks of a run wrote", RUN, ("store", "tail")),
     "cancel": Verb("runs.cancel", "stop a run", RUN, ("store",)),
-    "resume": Verb("submit.resume", "go on from the newest checkpoint", RUN, ("set", "store", *LAUNCH)),
+    "resume": Verb(
+        "resume.resume", "go on from the newest checkpoint", RUN, ("recipe", *RESOLVE, *LAUNCH, "nproc", "force")
+    ),
     "shards": Verb("data.shards", "rewrite a data set into indexed shards", ("src", "dst"), ("short_side",)),
     "features": Verb("later.features", "store a recipe's teacher outputs", RECIPE, RESOLVE),
     "eval": Verb("results.evaluate", "evaluate a run's student", RUN, ("set", "store", "eval", "json")),
     "export": Verb("results.export", "write a run's student for others to load", RUN, ("store", "format")),
     "report": Verb("results.report", "write a run's report", RUN, ("store",)),
-    "gc": Verb("later.gc", "remove what no run refers to", (), ("store", "dry")),
+    "gc": Verb("gc.gc", "remove what no run refers to", (), ("store", "dry", "days")),
     "image": Verb("later.image", "build the container image"),
     "manifests": Verb("later.manifests", "render sbatch and RayJob files", RECIPE, RESOLVE),
     "bench": Verb("local.bench", "measure throughput and overheads", RECIPE, RESOLVE),
@@ -66,6 +68,10 @@ OPTIONS = {
     "format": ("timm, safetensors", None),
     "gpu": ("kind of GPU to plan for", None),
     "gpus": ("number of GPUs to plan for", int),
+    "recipe": ("a recipe that has changed since the run began", None),
+    "nproc": ("ranks to go on with", int),
+    "force": ("also when that changes what is trained", "store_true"),
+    "days": ("also runs that ended so many days ago and that no other run refers to", int),
     "short_side": ("resize to this short side in pixels", int),
     "tail": ("last lines of each log only", int),
 }

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-OK, BUG, USER, NOT_READY, PREEMPTED = 0, 1, 2, 3, 75
+OK, BUG, USER, NOT_READY, HUNG, PREEMPTED = 0, 1, 2, 3, 70, 75
 # Errors of core that are the user's or the environment's, with their exit codes. By name: a login node loads neither.
 EXPECTED = (
     ("core.config", "ConfigError", USER),

@@ -68,8 +68,8 @@ def conclude(run: Run, view: View) -> int:
 
 
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:
-    """Nobody works on the run any more. A preempted run whose supervisor lives is about to be queued again."""
-    if view.last.state == State.PREEMPTED:
+    """Nobody works on the run any more. One whose supervisor lives may be about to be queued again."""
+    if view.last.state in (State.PREEMPTED, State.FAILED):
         return not launcher.alive(run.handle(view.last))
     return view.last.state in ENDED or bool(view.lost)
 

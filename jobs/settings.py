@@ -37,6 +37,9 @@ class Settings:
     format: str = ""
     gpu: str = ""
     gpus: int = 0
+    nproc: int = 0
+    force: bool = False
+    days: int = 0
     src: str = ""
     dst: str = ""
     short_side: int = 0

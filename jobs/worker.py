@@ -1,7 +1,8 @@
 """One rank of one attempt: `python -m jobs.worker --run ID --store URI --attempt N`, whoever starts it.
 
 Reads the recipe from the run's record, joins the other ranks and trains. Rank 0 writes `running`, heartbeats, and
-`succeeded` or `preempted`. Exit codes: 0 finished, 75 preempted, 1 failed (with the reason on standard error).
+`succeeded` or `preempted`. Exit codes: 0 finished, 75 preempted, 70 hung; else failed, with the reason on standard
+error: 3 store or hardware, which another attempt may find in better health, 2 recipe or data, 1 anything else.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ import sys
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from jobs.errors import BUG, OK, PREEMPTED, describe
+from jobs.errors import BUG, NOT_READY, OK, PREEMPTED, describe, exit_code
 
 PR_SET_PDEATHSIG = 1
 
 
 class Stop:
-    """This rank's wish to stop at the next step boundary, set by a signal or by what the run's record says."""
+    """This rank's wish to stop at the next step boundary, set by a signal or by what the run's record says.
+
+    A second signal changes nothing: the save that the first one asked for is completed.
+    """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self._reason, self._told = "", False
 
     def __call__(self) -> bool:
-        return self.wanted
+        if self._reason and not self._told:
+            self._told = True
+            print(f"{self._reason}: saving and leaving", flush=True)
+        return bool(self._reason)
 
     def on_signal(self, signum: int, frame: object) -> None:
-        self.wanted = True
+        self.because(f"{signal.Signals(signum).name} received")  # told by the loop: handlers had better not print
 
     def because(self, reason: str) -> None:
-        if not self.wanted:
-            print(reason, flush=True)
-        self.wanted = True
+        self._reason = self._reason or reason
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +58,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         sys.stdout.flush()
         print(describe(error), file=sys.stderr, flush=True)
-        return BUG
+        return _code(error)
 
 
 def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
@@ -66,6 +71,7 @@ def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
     import torch
 
     from core.engine import init_distributed, pick_device, shutdown
+    from core.storage import StoreError
     from core.train import Outcome, train
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -78,12 +84,26 @@ def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
     pulse = Heartbeat(run, attempt, stop.because) if leader else None
     with pulse or nullcontext():
         outcome = train(recipe, run.store, root, attempt, pulse.progress if pulse else _ignore, stop)
-    if leader:
-        state = State.SUCCEEDED if outcome is Outcome.FINISHED else State.PREEMPTED
-        with suppress(IllegalMove):  # cancelled meanwhile
-            run.move(state, attempt)
-    shutdown()
-    return OK if outcome is Outcome.FINISHED else PREEMPTED
+    print(f"{outcome.name.lower()}: {outcome.value}", flush=True)
+    if outcome is Outcome.FINISHED:
+        if leader:
+            with suppress(IllegalMove):  # cancelled meanwhile
+                run.move(State.SUCCEEDED, attempt)
+        shutdown()
+        return OK
+    if leader and outcome is not Outcome.SUPERSEDED:
+        with suppress(IllegalMove, StoreError):  # whoever watches the ranks says it otherwise
+            run.move(State.PREEMPTED, attempt, reason=outcome.value)
+    return PREEMPTED
+
+
+def _code(error: Exception) -> int:
+    """Exit code of an error; those of devices and of the ranks' connections are the machine's."""
+    known = exit_code(error)
+    if known is not None:
+        return known
+    faults = {"DistError", "DistBackendError", "DistNetworkError", "AcceleratorError", "OutOfMemoryError"}
+    return NOT_READY if faults & {kind.__name__ for kind in type(error).__mro__} else BUG
 
 
 def _ignore(row: dict[str, Any]) -> None:
@@ -101,5 +121,6 @@ def _die_with_parent() -> None:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    # Threads of a broken process group could hold up or abort a normal exit and hide the code.
-    os._exit(code) if code == BUG else sys.exit(code)
+    sys.stderr.flush()
+    # Threads of a broken process group or of an upload that goes nowhere could hold up a normal exit or hide the code.
+    sys.exit(OK) if code == OK else os._exit(code)

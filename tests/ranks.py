@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Connection
 from typing import Any
 
 PRELOAD = ["torch", "timm", "deepspeed", "torch._dynamo", "torch._inductor.compile_fx", "core.train", "tests.ranks"]
@@ -22,7 +25,7 @@ def free_port() -> int:
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, world: int, port: int, env: dict[str, str], args: Any, queue: Any
+    function: Callable[..., Any], rank: int, world: int, port: int, env: dict[str, str], args: Any, answer: Connection
 ) -> None:
     os.environ.update(env, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), DS_ACCELERATOR="cpu")  # fmt: skip
@@ -31,35 +34,71 @@ def _rank(
     from core import engine
 
     torch.set_num_threads(1)
+    set_start_method("fork", force=True)  # as in ranks that a launcher has started: loaders' processes are forked
     try:
         engine.init_distributed(torch.device("cpu"))
-        queue.put((rank, True, function(*args)))
+        answer.send((True, function(*args)))
         engine.shutdown()
     except BaseException:
-        queue.put((rank, False, traceback.format_exc()))
+        answer.send((False, traceback.format_exc()))
         raise
+
+
+class Ranks:
+    """`world` gloo ranks, each calling a module-level function; they can be signalled while they work."""
+
+    def __init__(self, function: Callable[..., Any], world: int, *args: Any) -> None:
+        port = free_port()
+        env = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "RETORT_"))}
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world)]
+        self._answers = [ours for ours, _ in pipes]
+        self.processes = [
+            _CONTEXT.Process(target=_rank, args=(function, r, world, port, env, args, theirs))
+            for r, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def signal(self, rank: int, signum: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signum)
+
+    def results(self, timeout_s: float = 180) -> list[Any]:
+        """In rank order.  Raises AssertionError with any rank's failure; ends the ranks in every case."""
+        limit = time.monotonic() + timeout_s
+        try:
+            found = []
+            for rank, answer in enumerate(self._answers):
+                if not answer.poll(max(limit - time.monotonic(), 0.0)):
+                    raise AssertionError(f"rank {rank} has not answered in {timeout_s} s")
+                try:
+                    ok, value = answer.recv()
+                except EOFError:
+                    raise AssertionError(f"rank {rank} ended without an answer") from None
+                if not ok:
+                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                found.append(value)
+            for process in self.processes:
+                process.join(max(limit - time.monotonic(), 0.0))
+            return found
+        finally:
+            self.end()
+
+    def wait_dead(self, rank: int, timeout_s: float = 180) -> None:
+        """Until this rank has ended by itself; then end the others, which wait for it in vain."""
+        self.processes[rank].join(timeout_s)
+        assert not self.processes[rank].is_alive(), f"rank {rank} still lives"
+        self.end()
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180) -> list[Any]:
     """Call a module-level function on `world` gloo ranks; its results in rank order, or any rank's failure."""
-    queue, port = _CONTEXT.Queue(), free_port()
-    env = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "RETORT_"))}
-    processes = [
-        _CONTEXT.Process(target=_rank, args=(function, r, world, port, env, args, queue)) for r in range(world)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        results = {}
-        for _ in processes:
-            rank, ok, value = queue.get(timeout=timeout_s)
-            if not ok:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results[rank] = value
-        for process in processes:
-            process.join(timeout_s)
-        return [results[r] for r in range(world)]
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+    return Ranks(function, world, *args).results(timeout_s)

@@ -18,7 +18,7 @@ from core.storage import StoreError
 from jobs import process
 from jobs.errors import BUG, describe
 from jobs.launchers import Launcher
-from jobs.launchers.supervisor import STOP_SIGNALS, Supervisor
+from jobs.launchers.supervisor import STOP_SIGNALS, Policy, Supervisor
 from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
 from jobs.spec import REPOSITORY
@@ -26,6 +26,7 @@ from jobs.spec import REPOSITORY
 if TYPE_CHECKING:
     from core.config import Recipe
 
+SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
 WORKER = (sys.executable, "-m", "jobs.worker")
 
 
@@ -92,7 +93,7 @@ def main(arguments: list[str]) -> int:
     launch = run.recipe().launch
     supervisor = Supervisor(
         run, Placement(options.ranks, options.device, options.threads), arguments[cut + 1 :], Path(options.logs), info,
-        max_attempts=launch.max_attempts,
+        policy=Policy.of(launch), stop_grace_s=launch.grace_s + SPARE_S,
     )  # fmt: skip
     for signum in STOP_SIGNALS:
         signal.signal(signum, supervisor.stop)

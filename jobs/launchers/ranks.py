@@ -46,6 +46,14 @@ class Ranks:
             return self._exits.get(timeout=timeout_s)
         return None
 
+    def drain(self, seconds: float) -> list[Exit]:
+        """Ranks that end within so long."""
+        found, limit = [], time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0:
+            if ended := self.next_exit(left):
+                found.append(ended)
+        return found
+
     def signal(self, signum: int) -> None:
         for child in self._processes:
             child.send_signal(signum)

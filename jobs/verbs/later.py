@@ -10,10 +10,6 @@ def features(settings: Settings) -> int:
     raise UserError("features is not built yet: teachers compute their outputs while the student learns")
 
 
-def gc(settings: Settings) -> int:
-    raise UserError("gc is not built yet: remove a run by deleting its folder runs/<id> in the store")
-
-
 def image(settings: Settings) -> int:
     raise UserError("image is not built yet: runs start from this working tree")
 

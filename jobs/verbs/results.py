@@ -9,7 +9,8 @@ from jobs.errors import OK, UserError
 from jobs.record import Run
 from jobs.settings import Settings
 from jobs.table import table
-from jobs.verbs.submit import say, with_overrides
+from jobs.verbs.resume import with_overrides
+from jobs.verbs.submit import say
 
 PLANNED_FORMATS = ("hf", "onnx")
 

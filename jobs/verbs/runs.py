@@ -51,6 +51,7 @@ def _detail(run: Run, as_json: bool) -> int:
     if as_json:
         moves = [{"state": t.state, "time": t.time, "attempt": t.attempt, "info": t.info} for t in history]
         facts = {**_row(run), "uri": run.uri, "lost": view.lost, "transitions": moves, "record": run.record()}
+        facts["checkpoints"] = _checkpoints(run)
         print(json.dumps(facts, indent=1))
         return OK
     record = run.record()
@@ -63,8 +64,36 @@ def _detail(run: Run, as_json: bool) -> int:
         print(f"{_clock(t.time)}  {t.state}" + (f" (attempt {t.attempt})" if t.attempt else ""))
     for reason in filter(None, (view.lost, view.last.info.get("reason", ""))):
         print(f"reason    {reason}")
+    _kept(run)
     print(f"next      {_next(run, view)}")
     return OK
+
+
+def _checkpoints(run: Run) -> list[dict[str, Any]]:
+    from core import commits
+
+    return [{"step": m.position.step, "bytes": m.size, "ranks": m.world, "attempt": m.attempt, "time": m.created}
+            for m in commits.checkpoints(run.store)]  # fmt: skip
+
+
+def _kept(run: Run) -> None:
+    """What attempts went on from, what was computed twice, and which checkpoints there are."""
+    from core import commits, retention
+
+    for claim in commits.claims(run.store):
+        if claim.number > 1:
+            lost = f", {claim.lost} logged steps computed again" if claim.lost else ""
+            how = "rewound" if claim.rewound else "went on"
+            print(f"attempt {claim.attempt} {how} from step {claim.step} on {claim.host}{lost}")
+    settings = run.recipe().checkpoint
+    policy = retention.Policy(settings.keep, settings.keep_every, settings.keep_best)
+    course = list(commits.checkpoints(run.store))
+    why = retention.reasons(course, policy, retention.held(run.store))
+    rows = [[str(m.position.step), f"{m.size / 1e6:.1f} MB", str(m.world), str(m.attempt), _ago(m.created),
+             why.get(m.number, "goes with the next one")] for m in course]  # fmt: skip
+    if rows:
+        print(f"checkpoints, {sum(m.size for m in course) / 1e6:.1f} MB in all")
+        print(table(["step", "size", "ranks", "attempt", "made", "kept as"], rows))
 
 
 def _clock(seconds: float) -> str:

@@ -1,10 +1,8 @@
-"""submit and resume: everything that can be wrong is found first, then the run is queued and followed."""
+"""submit: everything that can be wrong is found first, then the run is queued and followed."""
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import hub, inputs, launchers, preflight, spec
@@ -24,40 +22,38 @@ def submit(settings: Settings) -> int:
     run_id = spec.run_id(recipe)
     if settings.dry:
         return _finish(_dry(recipe, root), run_id)
-    launcher = _launcher(settings, recipe)
+    launcher = choose_launcher(settings, recipe)
     gpus = gpu_count()
     placement = place(recipe, gpus)
     if inputs.check_store(root):
-        _ready(recipe, root, gpus)  # refuses, saying what else is missing
+        ready(recipe, root, gpus)  # refuses, saying what else is missing
     run = Run(root, spec.fresh_id(root, run_id) if settings.fresh else run_id)
     view = run.view() if run.exists() else None
     if view and (view.active or view.last.state == State.SUCCEEDED):
         return _finish(_nothing_to_do(run, view), run.id)
-    _ready(recipe, root, gpus)
-    info = _info(settings, launcher)
+    if view:
+        _require_same(run, recipe)
+    ready(recipe, root, gpus)
+    info = attempt_info(settings, launcher)
     if view is None:
-        run.create(_yaml(recipe), spec.record(run.id, recipe, root, settings, spec.code()))
-    return _launch(run, recipe, launcher, placement, info, settings)
+        run.create(as_yaml(recipe), spec.record(run.id, recipe, root, settings, spec.code()))
+    return launch(run, recipe, launcher, placement, info, settings)
 
 
-def resume(settings: Settings) -> int:
-    """Continue a run from its newest checkpoint; SET may change what does not change the result (ranks, ZeRO stage)."""
-    root = settings.root()
-    run = Run.find(root, settings.need("run"))
-    view = run.view()
-    if view.last.state == State.SUCCEEDED:
-        raise UserError(f"run {run.id} has succeeded, nothing is left to do; a new one: make submit RECIPE=... FRESH=1")
-    if view.active:
-        raise UserError(f"run {run.id} is still {view.shown}; stop it first: make cancel RUN={run.id}")
-    recipe = with_overrides(run.recipe(), settings)
-    launcher = _launcher(settings, recipe)
-    gpus = gpu_count()
-    placement = place(recipe, gpus)
-    _ready(recipe, root, gpus)
-    return _launch(run, recipe, launcher, placement, _info(settings, launcher), settings)
+def _require_same(run: Run, recipe: Recipe) -> None:
+    """Raises UserError when the run has gone on with another recipe than the one it was made from."""
+    from core.config import fingerprint
+
+    stored = run.recipe()
+    if fingerprint(stored) != fingerprint(recipe):
+        raise UserError(
+            f"run {run.id} was resumed with a changed recipe: make resume RUN={run.id} goes on with that one, FRESH=1 "
+            "makes a new run of this one"
+        )
+    recipe.checkpoint.accept = stored.checkpoint.accept
 
 
-def _launcher(settings: Settings, recipe: Recipe) -> Launcher:
+def choose_launcher(settings: Settings, recipe: Recipe) -> Launcher:
     wanted = settings.launcher or recipe.launch.launcher
     launcher = launchers.find(wanted)
     if wanted == "auto":
@@ -65,7 +61,7 @@ def _launcher(settings: Settings, recipe: Recipe) -> Launcher:
     return launcher
 
 
-def _ready(recipe: Recipe, root: str, gpus: int) -> None:
+def ready(recipe: Recipe, root: str, gpus: int) -> None:
     """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, NotReady."""
     preflight.check_networks(recipe)
     inputs.require(recipe, root, gpus)
@@ -76,14 +72,14 @@ def _ready(recipe: Recipe, root: str, gpus: int) -> None:
     preflight.check_data(recipe, root)
 
 
-def _info(settings: Settings, launcher: Launcher) -> dict[str, Any]:
+def attempt_info(settings: Settings, launcher: Launcher) -> dict[str, Any]:
     current = spec.code()
     if not launcher.shares_tree:
         spec.require_clean(current, settings.dirty)
     return {"commit": current.commit, "dirty": current.dirty}
 
 
-def _launch(
+def launch(
     run: Run, recipe: Recipe, launcher: Launcher, placement: Placement, info: dict[str, Any], settings: Settings
 ) -> int:
     view = run.view()
@@ -118,32 +114,13 @@ def _dry(recipe: Recipe, root: str) -> int:
     from jobs import plan
 
     place(recipe, gpu_count())
-    print(_yaml(recipe))
+    print(as_yaml(recipe))
     print(plan.render(plan.plan(recipe, root)))
     print("nothing was submitted (DRY=1)")
     return OK
 
 
-def with_overrides(recipe: Recipe, settings: Settings) -> Recipe:
-    """The run's recipe with SET applied.  Raises UserError when that would change the result."""
-    if not settings.set:
-        return recipe
-    from core.config import load
-    from core.methods.base import complete
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(_yaml(recipe))
-        changed = complete(load(str(path), "", list(settings.set)))
-    if spec.run_id(changed) != spec.run_id(recipe):
-        raise UserError(
-            "SET: this changes what the run computes, so it would be another run: submit the recipe with it. "
-            "On resume only launch, loader, zero, checkpoint, log and evaluate can change"
-        )
-    return changed
-
-
-def _yaml(recipe: Recipe) -> str:
+def as_yaml(recipe: Recipe) -> str:
     from core.config import to_yaml
 
     return to_yaml(recipe)

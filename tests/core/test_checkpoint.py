@@ -11,17 +11,22 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from core import checkpoint, manifest
+from core import checkpoint, commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.config import Recipe, Train, fingerprint
+from core.courier import Courier, Fate
 from core.engine import Engine
 from core.fragments import KINDS
 from core.manifest import CheckpointError, Position
 from core.methods.base import Batch
+from core.retention import Policy
+from core.snapshot import pieces
+from core.spool import Spool
 from core.storage import FileStore, Store, StoreError, open_store
 from core.train import Outcome, train
 from tests import toy
+from tests.core.logs import claim, log, manifest
 from tests.ranks import run_ranks
 
 Rows = dict[int, float]  # step -> loss
@@ -99,18 +104,27 @@ def test_a_checkpoint_is_made_of_json_and_safetensors_alone(run: Store) -> None:
         assert parsed
 
 
-def test_every_checkpoint_of_the_run_is_found_newest_last(run: Store) -> None:
-    assert manifest.keys(run) == [f"checkpoints/0000000{step}-a0001" for step in (2, 4, 6)]
-    found = newest(run, fingerprint(at(0)))
+def test_every_checkpoint_of_the_run_is_found_newest_first(run: Store) -> None:
+    found = [m.key for m in commits.checkpoints(run)]
+    assert found == [f"checkpoints/0000000{step}-000001" for step in (6, 4, 2)]
+    assert {key.rpartition("/")[0] for key in files(run)} == set(found)
+    assert [(c.number, c.attempt, c.resumed) for c in commits.claims(run)] == [(1, 1, None)]
+
+
+def test_the_newest_checkpoint_says_where_training_goes_on_and_how_it_was_made(run: Store) -> None:
+    found = newest(run, {"another", fingerprint(at(0))})
     assert found is not None
-    assert found.position == Position("main", 6, 6, True)
+    assert found.position == Position("main", 6, 6, True, 48)
+    assert (found.attempt, found.claim, found.number, found.skipped) == (1, 1, 4, [])
+    assert found.size == sum(e.size for e in run.list(f"{found.key}/") if e.key.endswith(".safetensors"))
     assert (found.world, found.zero_stage, found.adam_step) == (2, 2, 6)
 
 
 def test_what_a_later_attempt_wrote_is_newer_whatever_its_step(run: Store) -> None:
-    for name in ("00000003-a0002", "00000005-a0010", "00000004-a0009"):
-        run.put(f"checkpoints/{name}/manifest.json", b"{}")
-    assert [key[-5:] for key in manifest.keys(run)] == ["a0001"] * 3 + ["a0002", "a0009", "a0010"]
+    log(run, claim(2, resumed=2), manifest(3, claim=5))
+    log(run, claim(10, resumed=6), manifest(5, claim=7), manifest(4, claim=7))
+    found = [(m.claim, m.position.step) for m in commits.checkpoints(run)]
+    assert found == [(7, 4), (7, 5), (5, 3), (1, 2)], "and what it has passed over does not count"
 
 
 def test_a_range_that_lies_in_several_slices_is_read_as_one(run: Store) -> None:
@@ -149,7 +163,7 @@ def flip_last(data: bytearray) -> None:
 
 
 def test_one_flipped_bit_is_found_and_file_and_tensor_are_named(run: Store) -> None:
-    key = "checkpoints/00000006-a0001/rank-0001.safetensors"
+    key = "checkpoints/00000006-000001/rank-0001.safetensors"
     damaged(run, key, flip_last)
     found, said = newest(run), []
     assert found is not None
@@ -165,7 +179,7 @@ def test_one_flipped_bit_is_found_and_file_and_tensor_are_named(run: Store) -> N
 
 
 def test_every_bit_of_the_manifest_counts(run: Store) -> None:
-    key = "checkpoints/00000006-a0001/manifest.json"
+    key = commits.key(4)
     data = run.get(key)
     place = data.index(b'"step": 6') + len(b'"step": ')
     damaged(run, key, lambda d: d.__setitem__(place, ord("5")))
@@ -173,7 +187,7 @@ def test_every_bit_of_the_manifest_counts(run: Store) -> None:
     found = newest(run, warn=said.append)
     assert found is not None
     assert found.position.step == 4
-    assert said == [f"warning: checkpoint passed over: {key}: its checksum is wrong"]
+    assert said == [f"warning: passed over: {key}: its checksum is wrong"]
 
 
 @pytest.mark.parametrize(
@@ -181,26 +195,40 @@ def test_every_bit_of_the_manifest_counts(run: Store) -> None:
     [
         (lambda run, key: run.delete(f"{key}/rank-0001.safetensors"), "rank-0001.safetensors is not there"),
         (lambda run, key: damaged(run, f"{key}/rank-0000.safetensors", lambda d: d.pop()), "bytes instead of"),
-        (lambda run, key: run.put(f"{key}/manifest.json", b"{"), "manifest.json: unreadable"),
-        (lambda run, key: run.put(f"{key}/manifest.json", b"[]"), "manifest.json: unreadable"),
-        (lambda run, key: run.put(f"{key}/manifest.json", b'{"schema": 99}'), "checkpoint schema 99, this Retort"),
     ],
 )
 def test_a_torn_checkpoint_is_passed_over_with_a_warning(run: Store, break_it: Callable[..., None], said: str) -> None:
-    break_it(run, "checkpoints/00000006-a0001")
+    break_it(run, "checkpoints/00000006-000001")
+    assert_passed_over(run, said, "checkpoints/00000006-000001")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"{", "unreadable"), (b"[]", "unreadable"), (b'{"schema": 99}', "checkpoint schema 99, this Retort")],
+)
+def test_a_torn_entry_is_passed_over_with_a_warning(run: Store, content: bytes, said: str) -> None:
+    run.put(commits.key(4), content)
+    assert_passed_over(run, said, "commits/000004.json")
+
+
+def assert_passed_over(run: Store, said: str, key: str) -> None:
     warnings: list[str] = []
-    found = newest(run, fingerprint(at(0)), warn=warnings.append)
+    found = newest(run, [fingerprint(at(0))], warn=warnings.append)
     assert found is not None
     assert found.position.step == 4
     assert len(warnings) == 1
     assert said in warnings[0]
-    assert "checkpoints/00000006-a0001" in warnings[0]
+    assert key in warnings[0]
 
 
 def test_another_recipe_s_checkpoints_are_passed_over(run: Store) -> None:
     warnings: list[str] = []
-    assert newest(run, fingerprint(toy.recipe(train={"lr": 0.5})), warn=warnings.append) is None
+    assert newest(run, [fingerprint(toy.recipe(train={"lr": 0.5}))], warn=warnings.append) is None
     assert ["belongs to another recipe" in w for w in warnings] == [True] * 3
+
+
+def newest_key(run: Store) -> str:
+    return next(commits.checkpoints(run)).key
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world: dict[str, Any], tmp_path: Path) -> None:
@@ -208,14 +236,16 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world: dict[str,
     shutil.copytree(world["root"][7:], tmp_path, dirs_exist_ok=True)
     run = open_store(f"{root}/runs/1 on 2")
     # One file, written by one rank: of the two ranks that go on, one alone sees the damage.
-    damaged(run, f"{manifest.keys(run)[-1]}/rank-0000.safetensors", flip_last)
+    damaged(run, f"{newest_key(run)}/rank-0000.safetensors", flip_last)
     run = open_store(f"{root}/runs/whole")
-    damaged(run, "checkpoints/00000006-a0001/rank-0001.safetensors", flip_last)
+    damaged(run, "checkpoints/00000006-000001/rank-0001.safetensors", flip_last)
     results = run_ranks(plan, 2, [("whole", at(2), 2, NEVER), ("1 on 2", at(1), 3, NEVER)], root)[0]
     for outcome, rows in results:
         assert outcome is Outcome.FINISHED
         assert rows == pytest.approx({s: world["whole"][1][s] for s in (5, 6)}, rel=1e-5)
-    assert manifest.keys(run)[-1] == "checkpoints/00000006-a0002"
+    assert newest_key(run) == "checkpoints/00000006-000005"
+    assert [(c.number, c.attempt, c.resumed, c.step, c.lost) for c in commits.claims(run)] == [
+        (1, 1, None, 0, 0), (5, 2, 3, 4, 2)]  # fmt: skip
 
 
 # ---- how it is committed
@@ -242,8 +272,18 @@ def engine() -> Engine:
     return made
 
 
-def save(made: Engine, run: Store, step: int, state: dict[str, Tensor] | None = None) -> bool:
-    return checkpoint.save(run, made, state or {}, Comm(CPU), Position("main", step, step, False), "f", 1, 1)
+def save(made: Engine, run: Store, step: int, state: dict[str, Tensor] | None = None, own: int = 1) -> Fate:
+    """Save under claim `own`; what has become of it when all that can be done is done."""
+    comm, state = Comm(CPU), state or {}
+    after = max((m.number for m in commits.checkpoints(open_store(run.uri)) if m.claim == own), default=own)
+    courier = Courier(run, Spool(f"{run.uri[7:]}-spool", run), comm.rank, after, Policy(keep=9))
+    about = manifest(step, own, world=comm.world, adam_step=made.adam_step)
+    about.shapes |= {name: list(shape) for name, shape in made.shapes.items()}
+    about.shapes |= {f"method/{name}": list(value.shape) for name, value in state.items()}
+    sent = courier.save(about, pieces(made, state, comm), None)
+    courier.wait(0.5 if isinstance(run, CutOff) else 60)
+    courier.close()
+    return Fate.SUPERSEDED if courier.superseded else sent.fate
 
 
 class CutOff(FileStore):
@@ -253,54 +293,47 @@ class CutOff(FileStore):
         raise StoreError(f"{key}: no connection")
 
 
-class Blind(FileStore):
-    """Does not see what others have written a moment ago."""
-
-    def size(self, key: str) -> int | None:
-        return None
-
-
 def commit_in_all_ways(folder: str) -> dict[str, Any]:
     made, run = engine(), open_store(f"file://{folder}/run")
-    assert save(made, run, 1)
+    log(run, claim(1))
+    fates = [save(made, run, 1)]
     before = {key: run.get(key) for key in files(run)}
-    with pytest.raises(StoreError, match="no connection"):
-        save(made, CutOff(Path(folder) / "run"), 2)
+    fates.append(save(made, CutOff(Path(folder) / "run"), 2))
     torn = [key for key in files(run) if key not in before]
+    log(run, claim(2, resumed=2))
     made.fragments()[0].view("weight").add_(1)
-    said = []
-    for store in (run, Blind(Path(folder) / "run")):
-        with pytest.raises(CheckpointError) as error:
-            save(made, store, 1)
-        said.append(str(error.value))
-        if store is run:
-            after = {key: run.get(key) for key in before}
-    return {"before": before, "torn": torn, "after": after, "said": said}
+    fates += [save(made, run, 1, own=3), save(made, run, 3, own=1)]
+    return {"before": before, "torn": torn, "after": {key: run.get(key) for key in before}, "fates": fates}
 
 
-def test_only_the_manifest_makes_a_checkpoint_and_only_one_writer_can_make_it(tmp_path: Path) -> None:
+def test_only_the_manifest_makes_a_checkpoint_and_only_the_newest_attempt_can_make_it(tmp_path: Path) -> None:
     got = run_ranks(commit_in_all_ways, 1, str(tmp_path))[0]
     run = open_store(f"file://{tmp_path}/run")
+    assert got["fates"] == [Fate.COMMITTED, Fate.PENDING, Fate.COMMITTED, Fate.SUPERSEDED]
     assert sorted(key.rpartition("/")[2] for key in got["torn"]) == ["rank-0000.json", "rank-0000.safetensors"]
-    assert manifest.keys(run) == ["checkpoints/00000001-a0001"]
+    assert [m.key for m in commits.checkpoints(run)] == ["checkpoints/00000001-000003", "checkpoints/00000001-000001"]
     assert got["after"] == got["before"], "the second writer must not touch what is committed"
-    assert "is committed already" in got["said"][0]
-    assert "another attempt has committed" in got["said"][1]
 
 
-def nan_on_one_rank(folder: str) -> tuple[list[bool], list[str]]:
-    made, run, rank = engine(), open_store(f"file://{folder}/run"), Comm(CPU).rank
-    saved = [save(made, run, 1), save(made, run, 2, {"mean": torch.tensor([1.0, torch.inf])})]
-    if rank == 1:
-        made.fragments()[-1].view("exp_avg")[0] = torch.nan
-    saved.append(save(made, run, 3))
-    return saved, files(run)
+def nan_on_one_rank(folder: str) -> tuple[list[Fate], list[str]]:
+    made, run, comm = engine(), open_store(f"file://{folder}/run"), Comm(CPU)
+    if comm.rank == 0:
+        log(run, claim(1))
+    fates = []
+    for step, state in enumerate([{}, {"mean": torch.tensor([1.0, torch.inf])}, {}], 1):
+        if step == 3 and comm.rank == 1:
+            made.fragments()[-1].view("exp_avg")[0] = torch.nan
+        comm.barrier()
+        fates.append(save(made, run, step, state))
+        comm.barrier()
+    return fates, files(run)
 
 
-def test_no_rank_writes_a_checkpoint_when_one_of_them_holds_a_nan(tmp_path: Path) -> None:
-    for saved, written in run_ranks(nan_on_one_rank, 2, str(tmp_path)):
-        assert saved == [True, False, False]
-        assert {key.split("/")[1] for key in written} == {"00000001-a0001"}
+def test_there_is_no_checkpoint_when_one_rank_holds_a_nan(tmp_path: Path) -> None:
+    for fates, written in run_ranks(nan_on_one_rank, 2, str(tmp_path)):
+        assert fates in ([Fate.COMMITTED, Fate.REFUSED, Fate.REFUSED], [Fate.COMMITTED] * 3), "the first rank decides"
+        assert {key.split("/")[1] for key in written} == {"00000001-000001"}
+    assert commits.numbers(open_store(f"file://{tmp_path}/run")) == [1, 2]
 
 
 STATE = {
@@ -314,7 +347,9 @@ STATE = {
 
 
 def keep_state(folder: str) -> None:
-    assert save(engine(), open_store(f"file://{folder}/run"), 1, STATE)
+    run = open_store(f"file://{folder}/run")
+    log(run, claim(1))
+    assert save(engine(), run, 1, STATE) is Fate.COMMITTED
 
 
 def test_a_method_s_state_comes_back_in_every_type_and_shape(tmp_path: Path) -> None:
@@ -346,47 +381,3 @@ def restore_other(uri: str) -> str:
     with pytest.raises(CheckpointError) as error:
         checkpoint.restore(run, found, engine())
     return str(error.value)
-
-
-# ---- how long it is kept
-
-
-class Watched(FileStore):
-    """Remembers what is deleted, in order; refuses after some deletions."""
-
-    def __init__(self, root: Path, limit: int = 1000) -> None:
-        super().__init__(root)
-        self.deleted: list[str] = []
-        self.limit = limit
-
-    def delete(self, *keys: str) -> None:
-        if len(self.deleted) >= self.limit:
-            raise StoreError("busy")
-        super().delete(*keys)
-        self.deleted += keys
-
-
-def steps(run: Store) -> list[int]:
-    return [int(key.split("/")[1][:8]) for key in manifest.keys(run)]
-
-
-def test_retention_keeps_the_newest_and_deletes_manifests_first(run: Store) -> None:
-    assert isinstance(run, FileStore)
-    store = Watched(run.root)
-    manifest.retain(store, 5)
-    assert store.deleted == []
-    manifest.retain(store, 1)
-    assert steps(store) == [6]
-    assert {key.split("/")[1] for key in files(store)} == {"00000006-a0001"}
-    order = [key.split("/")[1:] for key in store.deleted]
-    for step in ("00000002-a0001", "00000004-a0001"):
-        assert [name for folder, name in order if folder == step][0] == "manifest.json"
-    assert len(store.deleted) == 2 * 5
-
-
-def test_retention_that_is_refused_is_left_to_the_next_checkpoint(run: Store) -> None:
-    assert isinstance(run, FileStore)
-    manifest.retain(Watched(run.root, limit=1), 1)
-    assert steps(run) == [4, 6]
-    manifest.retain(Watched(run.root), 1)
-    assert steps(run) == [6]

@@ -75,13 +75,15 @@ def test_a_stage_overlays_the_train_group_and_keeps_its_place(write: Write) -> N
 
 
 def test_a_stage_may_have_a_student_data_and_a_method_of_its_own(write: Write) -> None:
-    recipe = load(write("""
+    recipe = load(
+        write("""
 student: {args: {depth: 2, num_heads: 4}}
 stages:
   a: {}
   b: {student: {args: {depth: 3}, drop_path: 0.1}, data: {share: 0.5}, method: {options: {drop: 0.0}}}
   c: {method: {name: finetune}, student: {name: proteus-s}}
-"""))
+""")
+    )
     first, second, third = (recipe.at(name) for name in "abc")
     assert first == recipe
     assert (second.student.args, second.student.drop_path) == ({"depth": 3, "num_heads": 4}, 0.1)
@@ -189,6 +191,23 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
         ("train.lr=-1", "train.lr: must not be negative"),
         ("train.max_bad_losses=0", "train.max_bad_losses: must be above 0"),
         ("student.drop_path=1.0", "student.drop_path: must be below 1"),
+        ("checkpoint.pending=0", "checkpoint.pending: must be above 0"),
+        ("checkpoint.keep=0", "checkpoint.keep: must be above 0"),
+        *[
+            (f"{key}=-1", f"{key}: must not be negative")
+            for key in (
+                "train.explode",
+                "train.rewinds",
+                "launch.backoff_s",
+                "launch.deadline_h",
+                "launch.time_limit_min",
+                "launch.grace_s",
+                "launch.hang_s",
+                "checkpoint.keep_every",
+                "checkpoint.keep_best",
+                "checkpoint.patience_s",
+            )
+        ],
         ("train.batch=100", "train.batch: 100 is not a multiple of micro_batch 128"),
         ("stages.big.batch=100", "stages.big.batch: 100 is not a multiple of micro_batch 128"),
         ("train.epochs=0", "neither steps nor epochs is set"),

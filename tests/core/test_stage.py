@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from core import commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.config import ConfigError, Loader, Recipe, Train, from_yaml, to_yaml
 from core.data.source import open_source
 from core.inputs import schedule, shard_cache
-from core.manifest import CheckpointError, keys, read
+from core.manifest import CheckpointError
 from core.methods.base import Batch, complete
 from core.models.vit import resize_pos_embed
 from core.stage import Stage, build, check_world
@@ -179,7 +180,7 @@ def taken_over(root: str) -> dict[str, Any]:
     """The next stage as built from the last checkpoint of the one before."""
     wanted, run = staged(), open_store(f"{root}/runs/staged")
     train(wanted, run, root, 1, lambda row: None, lambda: False)
-    last = read(run, keys(run)[0])
+    last = list(commits.checkpoints(run))[-1]
     assert (last.position.stage, last.position.finished) == ("small", True)
     reader = Reader(run, last)
     wanted.zero.stage = 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from core import manifest
+from core import commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.config import Recipe, fingerprint, from_yaml, to_yaml
@@ -128,7 +128,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tries: dict[str, dict[str, Any]] = {
         "whole": {"wanted": toy.recipe()},
         "one rank stops": {"wanted": toy.recipe(), "stop_at": 3, "rank": 1},
-        "stop at the end": {"wanted": toy.recipe(), "stop_at": 6},
+        "stop at the end": {"wanted": toy.recipe(), "stop_at": 5},
         "seldom logged": {"wanted": toy.recipe(log={"every_steps": 4}, checkpoint={"every_steps": 3})},
         "explodes": {"wanted": toy.recipe(train=explode, checkpoint={"every_steps": 1})},
         "explodes at stage 3": {"wanted": toy.recipe(train=explode, checkpoint={"every_steps": 1}, zero={"stage": 3})},
@@ -186,14 +186,16 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_good_checkpoint(
     assert said[0] == said[1], "all ranks say the same"
     first_bad = 3
     assert said[0].startswith(f"step {first_bad}: ")
-    assert "Try a lower train.lr, train.clip, or train.precision=fp32" in said[0]
-    assert f"{root}/runs/{name}/nonfinite" in said[0]
+    assert "Try a lower train.lr, train.clip, train.precision=fp32, or train.rewinds=1" in said[0]
+    assert f"{root}/runs/{name}/bad-loss/000001" in said[0]
     _, rows = ends[name][0]
     assert rows[-1]["step"] == told
     assert newest_step(root, name) == kept
     for rank in range(2):
-        written = json.loads(run_of(root, name).get(f"nonfinite/rank-{rank:04d}.json"))
-        assert written == {"step": first_bad, "samples": samples_of(root, first_bad, rank)}
+        written = json.loads(run_of(root, name).get(f"bad-loss/000001/rank-{rank:04d}.json"))
+        last = min(first_bad + 2, told)
+        assert written == {str(step): samples_of(root, step, rank) for step in range(first_bad - 1, last + 1)}
+    assert {error.window for error, _ in ends[name]} == {(first_bad - 1, last)}
 
 
 def samples_of(root: str, step: int, rank: int) -> list[int]:
@@ -228,7 +230,7 @@ def staged(precision: str = "fp32") -> Recipe:
 
 def test_stages_follow_each_other_and_a_run_resumes_within_and_between_them(tmp_path: Path) -> None:
     root, wanted = toy.store(tmp_path), staged()
-    tries = [("whole", 1, 1000), ("within", 1, 4), ("within", 2, 1000), ("between", 1, 2), ("between", 2, 1000)]
+    tries = [("whole", 1, 1000), ("within", 1, 3), ("within", 2, 1000), ("between", 1, 2), ("between", 2, 1000)]
     first, _ = run_ranks(attempts, 2, [{"wanted": wanted, "name": n, "number": k, "stop_at": at} for n, k, at in tries],
                          root)  # fmt: skip
     (done, rows), within, again, between, later = first
@@ -242,8 +244,8 @@ def test_stages_follow_each_other_and_a_run_resumes_within_and_between_them(tmp_
     # The wish of step 2 comes with the last step of its stage, so it is granted in the next one.
     assert (between[0], between[1][-1]["step"]) == (Outcome.PREEMPTED, 4)
     assert losses(between[1]) | losses(later[1]) == losses(rows)
-    assert [key.split("/")[1] for key in manifest.keys(run_of(root, "whole"))] == [
-        f"0000000{step}-a0001" for step in (2, 3, 5, 7)
+    assert [m.key.split("/")[1] for m in commits.checkpoints(run_of(root, "whole"))] == [
+        f"0000000{step}-000001" for step in (7, 5, 3, 2)
     ]
 
 

@@ -64,6 +64,34 @@ class FakeWorker:
         self._say(State.PREEMPTED)
         return 75
 
+    def killed_once(self) -> int:
+        return self.ok() if self.attempt > 1 else self.killed()
+
+    def hung_once(self) -> int:
+        return self._once(70)
+
+    def store_down_once(self) -> int:
+        return self._once(3)
+
+    def wrong_input(self) -> int:
+        return self._once(2)
+
+    def _once(self, code: int) -> int:
+        """Rank 1 ends the first attempt with this code."""
+        if self.attempt > 1:
+            return self.ok()
+        self._say(State.RUNNING)
+        return code if RANK == 1 else self._linger()
+
+    def echo(self) -> int:
+        """Rank 1 is killed; rank 0 is the first to be seen to fail."""
+        self._say(State.RUNNING)
+        if RANK == 1:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("RuntimeError: connection closed by peer", flush=True)
+        return 1
+
     def wait(self) -> int:
         """Runs until a signal comes, saves and leaves."""
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

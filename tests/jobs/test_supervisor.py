@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.storage import StoreError
-from jobs.launchers.supervisor import LogKeeper, Supervisor
+from jobs.launchers.supervisor import LogKeeper, Policy, Supervisor
 from jobs.placement import Placement
 from jobs.record import Run, State
 from tests.jobs.conftest import fake_worker
@@ -22,11 +23,11 @@ MakeRun = Callable[..., Run]
 LIMIT_S = 30.0
 
 
-def supervisor(run: Run, deed: str, tmp_path: Path, ranks: int = 2, **options: float) -> Supervisor:
+def supervisor(run: Run, deed: str, tmp_path: Path, ranks: int = 2, **options: Any) -> Supervisor:
     run.move(State.QUEUED, 1)
     placement = Placement(ranks, "cpu", 3)
     chosen = {"grace_s": 0.2, "stop_grace_s": 3600.0, **options}
-    return Supervisor(run, placement, fake_worker(deed), tmp_path / "logs", {"launcher": "local"}, **chosen)  # type: ignore[arg-type]
+    return Supervisor(run, placement, fake_worker(deed), tmp_path / "logs", {"launcher": "local"}, **chosen)
 
 
 def states(run: Run) -> list[str]:
@@ -88,7 +89,7 @@ def test_an_abort_after_success_does_not_undo_it(new_run: MakeRun, tmp_path: Pat
 
 def test_a_preempted_run_is_queued_again_with_the_next_attempt(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
-    assert supervisor(run, "preempted_once", tmp_path, max_attempts=2).work(1) == 0
+    assert supervisor(run, "preempted_once", tmp_path, policy=Policy(2)).work(1) == 0
     assert states(run)[2:] == ["running", "preempted", "queued", "running", "succeeded"]
     assert run.last().attempt == 2
     assert run.handle(run.last()) == {"launcher": "local"}
@@ -96,7 +97,7 @@ def test_a_preempted_run_is_queued_again_with_the_next_attempt(new_run: MakeRun,
 
 def test_attempts_are_bounded(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
-    assert supervisor(run, "preempted_once", tmp_path, max_attempts=1).work(1) == 75
+    assert supervisor(run, "preempted_once", tmp_path, policy=Policy(1)).work(1) == 75
     assert states(run)[-1] == "preempted"
 
 
@@ -119,15 +120,88 @@ def test_signals_reach_every_rank(new_run: MakeRun, tmp_path: Path, signum: sign
 
 def test_sigterm_ends_the_attempts_too(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
-    watch = supervisor(run, "wait", tmp_path, ranks=1, max_attempts=3)
+    watch = supervisor(run, "wait", tmp_path, ranks=1, policy=Policy(3))
     watch.stop(signal.SIGTERM)
     assert watch.work(1) == 75
     assert run.last().attempt == 1
 
 
+@pytest.mark.parametrize(("deed", "attempts"), [("killed_once", 2), ("hung_once", 2), ("store_down_once", 2)])
+def test_what_another_attempt_may_survive_is_tried_again(
+    new_run: MakeRun, tmp_path: Path, deed: str, attempts: int
+) -> None:
+    run = new_run()
+    assert supervisor(run, deed, tmp_path, policy=Policy(3)).work(1) == 0
+    assert states(run)[2:] == ["running", "failed", "queued", "running", "succeeded"]
+    assert run.last().attempt == attempts
+
+
+def test_a_hung_rank_is_called_so(new_run: MakeRun, tmp_path: Path) -> None:
+    run = new_run()
+    supervisor(run, "hung_once", tmp_path, policy=Policy(1)).work(1)
+    assert run.last().info["reason"].startswith("rank 1: hung")
+
+
+@pytest.mark.parametrize("deed", ["fail", "wrong_input"])
+def test_an_error_that_would_come_again_is_not_tried_again(new_run: MakeRun, tmp_path: Path, deed: str) -> None:
+    run = new_run()
+    assert supervisor(run, deed, tmp_path, policy=Policy(3)).work(1) == 1
+    assert run.last().attempt == 1
+
+
+def test_a_killed_rank_explains_the_errors_that_the_others_die_of(new_run: MakeRun, tmp_path: Path) -> None:
+    run = new_run()
+    supervisor(run, "echo", tmp_path, policy=Policy(1)).work(1)
+    assert run.last().info["reason"].startswith("rank 1: killed by SIGKILL")
+
+
+def test_pauses_between_attempts_double_up_to_an_hour() -> None:
+    policy = Policy(9, backoff_s=10.0)
+    for made, longest in ((1, 10.0), (2, 20.0), (3, 40.0), (20, 3600.0)):
+        assert 0.75 * longest <= policy.pause_s(made) <= longest
+
+
+def test_no_attempt_begins_behind_the_deadline(new_run: MakeRun, tmp_path: Path) -> None:
+    run = new_run()
+    assert supervisor(run, "preempted_once", tmp_path, policy=Policy(3, backoff_s=60.0, deadline_s=5.0)).work(1) == 75
+    assert states(run)[-1] == "preempted"
+
+
+def test_sigterm_during_the_pause_ends_the_attempts(new_run: MakeRun, tmp_path: Path) -> None:
+    run = new_run()
+    watch = supervisor(run, "preempted_once", tmp_path, policy=Policy(3, backoff_s=3600.0))
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(watch.work(1)))
+    thread.start()
+    wait_for(run, State.PREEMPTED)
+    time.sleep(0.2)
+    watch.stop(signal.SIGTERM)
+    thread.join(LIMIT_S)
+    assert codes == [75]
+    assert run.last().attempt == 1
+
+
+def test_the_end_of_an_attempt_is_written_down_once_the_store_is_back(
+    new_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    watch = supervisor(run, "killed", tmp_path, policy=Policy(1))
+    monkeypatch.setattr("jobs.launchers.supervisor.STORE_PAUSE_S", 1.0)
+    last, failures = run.last, iter(range(2))
+
+    def down() -> Any:
+        if next(failures, None) is not None:
+            raise StoreError("no answer")
+        return last()
+
+    monkeypatch.setattr(run, "last", down)
+    assert watch.work(1) == 1
+    assert last().state == State.FAILED
+
+
 def test_a_cancelled_run_is_not_taken_up_again(new_run: MakeRun, tmp_path: Path) -> None:
     run = new_run()
-    watch = supervisor(run, "wait", tmp_path, ranks=1, max_attempts=3)
+    watch = supervisor(run, "wait", tmp_path, ranks=1, policy=Policy(3))
     thread = threading.Thread(target=watch.work, args=(1,))
     thread.start()
     wait_for(run, State.RUNNING)

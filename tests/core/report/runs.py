@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
+from core import commits
 from core.config import Recipe, Teacher, to_yaml
 from core.metrics import MetricsLog
 from core.storage import Store, open_store
+from tests.core import logs
+from tests.core.logs import manifest
 
 START = 1_800_000_000.0  # seconds since the epoch
 Json = dict[str, Any]
@@ -47,10 +51,12 @@ class RunFolder:
         return self.moves(*begun, ("succeeded", 1, 85, {}))
 
     def metrics(self, rows: Iterable[Json], attempt: int = 1, start_step: int = 0) -> RunFolder:
-        log = MetricsLog(self.store, attempt, start_step)
+        """Rows of an attempt, flushed; it starts at a checkpoint of `start_step`, which the one before it has taken."""
+        claim = self._claim(attempt, start_step)
+        log = MetricsLog(self.store, claim, start_step, lambda name, put: put())
         for row in rows:
             log.write(row)
-        log.close()
+        log.flush()
         return self
 
     def evaluation(self, protocol: str, rows: list[Json], **more: Any) -> RunFolder:
@@ -58,11 +64,24 @@ class RunFolder:
         return self
 
     def checkpoint(self, step: int, attempt: int = 1, committed: bool = True, size: int = 1000) -> RunFolder:
-        folder = f"checkpoints/{step:08d}-a{attempt:04d}"
-        self.store.put(f"{folder}/rank-0000.safetensors", bytes(size))
+        about = manifest(step, self._claim(attempt, step), attempt=attempt, created=time.time(),
+                         metrics=[e.key for e in self.store.list("metrics/")],
+                         files={"rank-0000.safetensors": {"size": size, "crc32c": 0}})  # fmt: skip
+        self.store.put(f"{about.key}/rank-0000.safetensors", bytes(size))
         if committed:
-            self.store.put(f"{folder}/manifest.json", b"{}")
+            logs.log(self.store, about)
         return self
+
+    def _claim(self, attempt: int, step: int) -> int:
+        """Number of the attempt's start in the log, where it is made if need be."""
+        claims = {claim.attempt: claim.number for claim in commits.claims(self.store)}
+        if attempt not in claims:
+            if claims and step not in [m.position.step for m in commits.checkpoints(self.store)]:
+                self.checkpoint(step, max(claims))
+            last = next(commits.checkpoints(self.store), None)
+            logs.log(self.store, logs.claim(attempt, last.number if last else None, step if last else 0))
+            return commits.numbers(self.store)[-1]
+        return claims[attempt]
 
     def exported(self, **arguments: Any) -> RunFolder:
         self.store.put("export/model.safetensors", bytes(2500))

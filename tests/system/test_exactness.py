@@ -1,0 +1,81 @@
+"""A run that is killed and goes on computes what an uninterrupted one does: bit for bit here, to rounding elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import Ranks, run_ranks
+from tests.system.attempts import METHODS, Attempt, equal, losses, metrics, prepared, recipe_of, run, several, tensors
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepared(f"file://{tmp_path_factory.mktemp('exact')}", *METHODS)
+
+
+def kill(attempt: Attempt, world: int) -> None:
+    ranks = Ranks(run, world, attempt)
+    ranks.wait_dead(attempt.kill_rank)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_killed_at_any_zero_stage_goes_on_bit_for_bit(name: str, root: str) -> None:
+    """Losses, weights, moments, method state and rows of metrics: none lost, none doubled."""
+    finish: list[Attempt] = []
+    for zero in range(4):
+        recipe, cut = recipe_of(name, zero), f"{name}-{zero}-cut"
+        kill(Attempt(recipe, root, cut, kill_at=4 + zero % 2, kill_rank=zero % 2), 2)
+        finish += [Attempt(recipe, root, cut, 2), Attempt(recipe, root, f"{name}-{zero}")]
+    results = run_ranks(several, 2, finish)[0]
+    for zero in range(4):
+        (end, again, _), (whole_end, _, _) = results[2 * zero : 2 * zero + 2]
+        assert end == whole_end == "FINISHED"
+        whole, cut = f"{name}-{zero}", f"{name}-{zero}-cut"
+        assert 2 <= min(row["step"] for row in again) - 1 < 6, "the second attempt did not go on from a checkpoint"
+        assert metrics(root, cut) == metrics(root, whole)
+        assert [row["step"] for row in metrics(root, whole) if "loss" in row][:6] == [1, 2, 3, 4, 5, 6]
+        assert equal(tensors(root, cut), tensors(root, whole))
+
+
+# ---- elsewhere
+
+WIDE = ("train.batch=24", "train.precision=fp32")  # twelve micro-batches
+MOVES = [("toy", 2, 1, 1, 3), ("udi-s", 1, 2, 2, 0), ("proteus-s", 2, 4, 1, 2), ("toy", 4, 3, 3, 1),
+         ("dime-fm-b32", 2, 1, 2, 1), ("fd-clip-b", 1, 2, 3, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "before", "after", "zero", "then"), MOVES)
+def test_a_run_goes_on_elsewhere_with_the_same_samples_crops_and_losses(
+    name: str, before: int, after: int, zero: int, then: int, root: str
+) -> None:
+    """On another number of ranks and at another ZeRO stage; optimiser and method state come along."""
+    whole, cut = f"{name}-{before}-{after}-whole", f"{name}-{before}-{after}"
+    more = (*WIDE, "loader.workers=0")
+    first, second = recipe_of(name, zero, 4, *more), recipe_of(name, then, 4, *more)
+    kill(Attempt(first, root, cut, kill_at=3, kill_rank=before - 1), before)
+    one = run_ranks(several, before, [Attempt(first, root, whole, watch=True)])
+    other = run_ranks(several, after, [Attempt(second, root, cut, 2, watch=True)])
+    assert {rank[0][0] for rank in one + other} == {"FINISHED"}
+    trained, again = ({step: seen for rank in ranks for step, seen in rank[0][2].items()} for ranks in (one, other))
+    assert again, "nothing was trained after the move"
+    assert again == {place: trained[place] for place in again}
+    assert {step for step, _ in again} == set(range(min(again)[0], max(trained)[0] + 1))
+    assert losses(root, cut) == pytest.approx(losses(root, whole), rel=2e-5)
+    moved = tensors(root, cut)
+    close_together(moved, tensors(root, whole))
+    for part in GATHERED[name]:
+        assert any(key.startswith("method/") and part in key for key in moved), f"{part} is not in {sorted(moved)}"
+
+
+def close_together(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.allclose(a[key].double(), b[key].double(), rtol=2e-2, atol=2e-4), key
+
+
+GATHERED = {"toy": ("mean",), "udi-s": ("average/", "center"), "dime-fm-b32": (), "proteus-s": (), "fd-clip-b": ()}
