@@ -48,11 +48,11 @@ def run_id(output: str) -> str:
     return last.removeprefix("run: ")
 
 
-def wait_for(what: str, condition: Any, timeout_s: float = 180) -> Any:
+def wait_for(what: str, condition: Any, timeout_s: float = 180, poll_s: float = 0.2) -> Any:
     """Poll until the condition gives something true."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(poll_s)
     raise AssertionError(f"{what} did not happen within {timeout_s} s")
