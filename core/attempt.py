@@ -74,6 +74,7 @@ class Attempt:
     def stopping(self) -> Outcome | None:
         """What ends the attempt after this step: the same answer on all ranks."""
         self.watchdog.step()
+        self.courier.check()
         settings = self.recipe.checkpoint
         full = self.courier.pending >= settings.pending
         wish = WISHES.index(Outcome.PREEMPTED) if self.should_stop() else 0
@@ -115,6 +116,7 @@ class Attempt:
         self.watchdog.rest()
         limit = time.monotonic() + limit_s
         while self.newest.fate is Fate.PENDING and not self.courier.superseded and time.monotonic() < limit:
+            self.courier.check()
             time.sleep(0.005)
         fate = Fate.SUPERSEDED if self.courier.superseded else self.newest.fate
         settled = Fate(self.wishes.settle(fate))
@@ -131,6 +133,7 @@ class Attempt:
         self.watchdog.close()
         if self.comm.rank == 0:
             self.log.flush()
-        self.courier.wait(BESIDE_S if self.courier.failing_s() == 0 else 0.0)
+        left = BESIDE_S if self._asked is None else min(BESIDE_S, self.grace_s())
+        self.courier.wait(left if self.courier.failing_s() == 0 else 0.0)
         self.courier.close()
         self.log.close()

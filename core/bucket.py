@@ -126,7 +126,7 @@ class S3Store(Store):
         query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix}
         found, before = [], time.time() - older_s
         while True:
-            page = self._run("", lambda client: client.list_multipart_uploads(**query))
+            page = self._run("", partial(_uploads, dict(query)))
             found += [u for u in page.get("Uploads", ()) if u["Initiated"].timestamp() <= before]
             if not page.get("IsTruncated"):
                 break
@@ -199,6 +199,10 @@ class S3Store(Store):
                 break
         # Raised outside the handler: botocore's own errors, which may quote a request, do not hang on ours.
         raise explained(error, f"{self.uri}/{key}", self._link.host(), self.options.attempts)
+
+
+def _uploads(query: dict[str, Any], client: Any) -> Any:
+    return client.list_multipart_uploads(**query)
 
 
 def _abort(target: dict[str, str], client: Any) -> None:

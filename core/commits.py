@@ -13,6 +13,7 @@ are never deleted, so the number behind an attempt's last entry stays taken once
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from core.storage import MissingObject, Store, crc32c
 
 FOLDER = "commits"
 SCHEMA = 2
+NAME = re.compile(rf"{FOLDER}/(\d+)\.json")
 
 
 class SupersededError(RuntimeError):
@@ -53,7 +55,7 @@ def key(number: int) -> str:
 
 def numbers(run: Store) -> list[int]:
     """Of all entries, oldest first."""
-    return [int(e.key.removeprefix(f"{FOLDER}/").removesuffix(".json")) for e in run.list(f"{FOLDER}/")]
+    return [int(found[1]) for e in run.list(f"{FOLDER}/") if (found := NAME.fullmatch(e.key))]
 
 
 def append(run: Store, entry: Entry, number: int) -> bool:

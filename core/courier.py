@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -84,6 +83,7 @@ class Courier:
         """after: the entry of the run's log with which this attempt started."""
         self.run, self.spool, self.rank, self.policy = run, spool, rank, policy
         self.superseded = False
+        self._broken: Exception | None = None  # what ended one of the threads
         self._after = after
         self._sent: list[Delivery] = []  # not all of it has arrived
         self._spare: list[Snapshot] = []
@@ -115,6 +115,11 @@ class Courier:
         self._sent = [d for d in self._sent if d.fate is Fate.PENDING]
         return len(self._sent)
 
+    def check(self) -> None:
+        """Raises RuntimeError when no checkpoint would ever arrive again: that must not look like a slow store."""
+        if self._broken is not None:
+            raise RuntimeError(f"checkpoints cannot be saved any more: {self._broken}") from self._broken
+
     def failing_s(self) -> float:
         """For how long the store has not done what it was asked."""
         since = self._failing_since
@@ -130,23 +135,27 @@ class Courier:
         """Stop trying. What is being written to the node's disk is completed."""
         self._closed.set()
         self._disk.close(wait_s=LAST_WRITE_S)
-        self._net.close(wait_s=0.0 if self._failing_since is not None else LAST_PUT_S)
+        self._net.close(wait_s=0.0 if self.pending or self._failing_since is not None else LAST_PUT_S)
 
     # ---- on the disk's thread
 
     def _write(self, delivery: Delivery) -> None:
         """To the node's disk; where that fails, the part is uploaded from memory."""
         manifest, name = delivery.manifest, part(self.rank)
-        about = parts.describe(manifest, delivery.snapshot.describe())
-        wanted: list[tuple[str, Bytes]] = [*([delivery.rows] if delivery.rows else []),
-                  (f"{manifest.key}/{name}.safetensors", delivery.snapshot.content()),
-                  (f"{manifest.key}/{name}.json", about)]  # fmt: skip
         try:
-            delivery.files = [(key, self.spool.write(key, data)) for key, data in wanted]
-            self._spare.append(delivery.snapshot)
-        except OSError as error:
-            _say(f"checkpoint of step {manifest.position.step}: {error}: uploading it from memory")
-            delivery.files = [(key, bytes(data)) for key, data in wanted]
+            about = parts.describe(manifest, delivery.snapshot.describe())
+            wanted: list[tuple[str, Bytes]] = [*([delivery.rows] if delivery.rows else []),
+                      (f"{manifest.key}/{name}.safetensors", delivery.snapshot.content()),
+                      (f"{manifest.key}/{name}.json", about)]  # fmt: skip
+            try:
+                delivery.files = [(key, self.spool.write(key, data)) for key, data in wanted]
+                self._spare.append(delivery.snapshot)
+            except OSError as error:
+                _say(f"checkpoint of step {manifest.position.step}: {error}: uploading it from memory")
+                delivery.files = [(key, bytes(data)) for key, data in wanted]
+        except Exception as error:
+            self._broken = error
+            raise
         finally:
             delivery.written.set()
 
@@ -154,6 +163,8 @@ class Courier:
 
     def _deliver(self, delivery: Delivery) -> None:
         delivery.written.wait()
+        if self._broken is not None:
+            raise Closed
         for key, source in delivery.files:
             self._patiently(lambda key=key, source=source: _put(self.run, key, source))  # type: ignore[misc]
         fate = self._commit(delivery.manifest) if self.rank == 0 else Fate.COMMITTED
@@ -186,9 +197,8 @@ class Courier:
         except SupersededError as error:
             _say(f"{error}: leaving")
             self.superseded = True
-        except Exception as error:  # a bug must not look like a slow store
-            _say(f"error: checkpoint thread: {type(error).__name__}: {error}")
-            raise
+        except Exception as error:
+            self._broken = error
 
     def _loosely(self, action: Callable[[], object]) -> None:
         try:
@@ -228,8 +238,11 @@ class Courier:
 
 def _put(run: Store, key: str, source: bytes | Path) -> None:
     if isinstance(source, Path):
-        with suppress(FileNotFoundError):  # a newer attempt on this node has uploaded it
+        try:
             run.put_file(key, source)
+        except FileNotFoundError:
+            if run.size(key) is None:  # else a newer attempt on this node has uploaded it
+                raise RuntimeError(f"{source} has vanished before it was uploaded: set checkpoint.spool") from None
     else:
         run.put(key, source)
 

@@ -38,7 +38,7 @@ class LossGuard:
         """limit: bad losses in a row.  explode: a loss above so many times its running mean is bad; 0 = any finite one
         will do.  claim: of the attempt, which names the files of samples."""
         self.run, self.comm, self.limit, self.explode, self.claim = run, comm, limit, explode, claim
-        self._mean = torch.full((), torch.nan, device=comm.device)  # over about the last 50 good losses
+        self._size = torch.full((), torch.nan, device=comm.device)  # mean over about the last 50 good losses
         self._seen: list[tuple[Step, Tensor]] = []  # since the last check: what was trained on, whether it went wrong
         self._recent: list[Step] = []  # the step before a bad one may be what spoilt the weights
         self._bad = 0  # in a row, at the last check
@@ -48,9 +48,10 @@ class LossGuard:
         value = loss.detach().float()
         bad = ~value.isfinite()
         if self.explode:
-            bad = bad | (value.abs() > self.explode * self._mean.abs())  # false while there is no mean yet
-            moved = torch.where(self._mean.isnan(), value, self._mean + (value - self._mean) / MEMORY)
-            self._mean = torch.where(bad, self._mean, moved)
+            size = value.abs()
+            bad = bad | (size > self.explode * self._size)  # false while there is no mean yet
+            moved = torch.where(self._size.isnan(), size, self._size + (size - self._size) / MEMORY)
+            self._size = torch.where(bad, self._size, moved)
         self._seen.append(((step, [micro.index for micro in micros]), bad))
 
     def check(self) -> bool:
@@ -77,7 +78,8 @@ class LossGuard:
         begun = steps[-max(self._bad, 1)][0]
         about = {str(step): torch.cat(samples).tolist() for step, samples in steps}
         place = f"bad-loss/{self.claim:06d}"
-        self.run.put(f"{place}/rank-{self.comm.rank:04d}.json", json.dumps(about).encode())
+        with suppress(StoreError):
+            self.run.put(f"{place}/rank-{self.comm.rank:04d}.json", json.dumps(about).encode())
         raise BadLossError(
             f"step {begun}: {reason}. The last good checkpoint is kept; the samples of steps {steps[0][0]} to "
             f"{steps[-1][0]} are in {self.run.uri}/{place}. Try a lower train.lr, train.clip, train.precision=fp32, or "

@@ -18,7 +18,7 @@ from core.commits import Claim, SupersededError
 from core.manifest import CheckpointError, Manifest, Window
 from core.metrics import last_step
 from core.spool import Spool
-from core.storage import Store
+from core.storage import MissingObject, Store
 
 OLD = -1
 NAME = re.compile(rf"{manifest.FOLDER}/(\d+)-(\d+)(/|$)")
@@ -75,7 +75,8 @@ def adopt(run: Store, fingerprints: list[str]) -> Manifest | None:
     """Commit the newest checkpoint of which all parts are there though nobody has: its attempt died before it could."""
     above, last = border(run), max(commits.numbers(run), default=0)
     folders = {e.key.rpartition("/")[0] for e in run.list(f"{manifest.FOLDER}/")}
-    for key in sorted((k for k in folders if (place := place_of(k)) and is_newer(place, above)), reverse=True):
+    coming = {key for key in folders if (place := place_of(key)) and is_newer(place, above)}
+    for key in sorted(coming - (_named(run) if coming else set()), reverse=True):
         whole = parts.collect(run, key)
         if isinstance(whole, Manifest) and whole.fingerprint in fingerprints:
             try:
@@ -85,6 +86,16 @@ def adopt(run: Store, fingerprints: list[str]) -> Manifest | None:
             print(f"committed {whole.key}, which an earlier attempt had left complete", flush=True)
             return whole
     return None
+
+
+def _named(run: Store) -> set[str]:
+    """Folders that entries of the log name, those included that were found damaged."""
+    found = set()
+    for number in commits.numbers(run):
+        with suppress(CheckpointError, MissingObject):
+            entry = commits.read(run, number)
+            found |= {entry.key} if isinstance(entry, Manifest) else set()
+    return found
 
 
 def border(run: Store) -> Place:

@@ -46,7 +46,8 @@ class Spool:
         """What waits to be uploaded, a part's description behind the part."""
         if not self.folder.is_dir() or not self._is_ours():
             return []
-        found = [p for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith(TEMP)]
+        found = [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names
+                 if not name.startswith(TEMP)]  # fmt: skip
         return [str(p.relative_to(self.folder)) for p in sorted(found, key=lambda p: (p.suffix == ".json", p))]
 
     def _open(self, temp: Path) -> Path:

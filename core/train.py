@@ -57,7 +57,8 @@ def _train_stages(own: Attempt, root: str) -> Outcome:
         outcome, step = _train_stage(own, stage, start)
         if outcome is not Outcome.FINISHED:
             return outcome
-        last = newest(own.run)
+        if name != names[-1]:
+            last = newest(own.run)
     return Outcome.FINISHED
 
 
@@ -102,7 +103,7 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
             own.save(stage, position, score, must)
             pace.restart()
         if ending is not None:
-            fate = own.settle(own.grace_s())
+            fate = own.settle(0.0 if ending is Outcome.OUTAGE else own.grace_s())
             return (Outcome.SUPERSEDED if fate is Fate.SUPERSEDED else ending), total
     fate = own.settle(recipe.checkpoint.patience_s)
     if fate is Fate.REFUSED:

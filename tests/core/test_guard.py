@@ -80,7 +80,7 @@ def test_adding_a_loss_never_waits_for_the_device_and_holds_no_graph(run: Store)
         for step in range(1, 5):
             guard.add(step, parameter * 2, micros(step))
     assert syncs.found == []
-    assert not guard._mean.requires_grad
+    assert not guard._size.requires_grad
     with HostSyncs() as syncs:
         assert guard.check()
     assert len(syncs.found) <= 1
