@@ -85,9 +85,9 @@ class Attempt:
             wish = max(wish, WISHES.index(Outcome.OUTAGE))
         if self.courier.superseded:
             wish = max(wish, WISHES.index(Outcome.SUPERSEDED))
-        if wish and self._asked is None:
-            self._asked = time.monotonic()
         agreed, busy = self.wishes.exchange(wish, full)
+        if (wish or agreed) and self._asked is None:
+            self._asked = time.monotonic()
         self._busy = bool(busy)
         return WISHES[agreed]
 
@@ -124,9 +124,9 @@ class Attempt:
         return settled
 
     def grace_s(self) -> float:
-        """Seconds left to leave in, once asked."""
-        asked = time.monotonic() if self._asked is None else self._asked
-        return max(self.recipe.launch.grace_s - (time.monotonic() - asked), 0.0)
+        """Seconds left to leave in, for one that has been asked."""
+        assert self._asked is not None
+        return max(self.recipe.launch.grace_s - (time.monotonic() - self._asked), 0.0)
 
     def close(self) -> None:
         self.wishes.close()

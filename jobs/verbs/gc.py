@@ -17,8 +17,6 @@ BROKEN_OFF_S = 86400.0  # uploads younger than this may still be going on
 
 def gc(settings: Settings) -> int:
     """Remove orphans of all runs of the store, and with DAYS runs that ended so long ago; DRY=1 only says what."""
-    from core import sweep
-
     root, freed, found = settings.root(), 0, 0
     runs = [Run(root, run_id) for run_id in Run.list(root)]
     old = _old(runs, settings.days) if settings.days else []
@@ -32,6 +30,8 @@ def gc(settings: Settings) -> int:
             found, freed = found + 1, freed + size
             print(f"{verb} {what} ({_mb(size)})")
             continue
+        from core import sweep  # loads torch: not for a store without runs
+
         for orphan in sweep.orphans(run.store, run.view().active):
             if not settings.dry:
                 sweep.remove(run.store, orphan)

@@ -52,7 +52,8 @@ def new_run(root: str) -> Iterator[Callable[..., Run]]:
 
     yield make
     for run in made:
-        end_supervisor(run)
+        if run.exists():
+            end_supervisor(run)
 
 
 def end_supervisor(run: Run) -> None:
@@ -85,7 +86,7 @@ def tiny_recipe(tmp_path: Path, photos: Path) -> Path:
         "teachers": {"big": {**vit, "weights": "random"}},
         "data": {"source": f"file://{photos}"},
         "train": {"img_size": 32, "steps": 1, "batch": 4, "micro_batch": 2, "precision": "fp32"},
-        "launch": {"device": "cpu", "ranks": 2},
+        "launch": {"device": "cpu", "ranks": 2, "max_attempts": 1},
         "loader": {"workers": 0},
     }
     path = tmp_path / "tiny.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import from_yaml
+from core.config import fingerprint, from_yaml
 from core.storage import open_store
 from jobs import cli, spec
 from jobs.errors import UserError
@@ -154,12 +154,60 @@ def test_a_lost_run_is_taken_up_again(
 def test_resume_refuses_what_would_be_another_run(
     command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
 ) -> None:
-    ranks_do("killed")
+    ranks_do("wrong_input")
     run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
     code, _, error = command("resume", run.id, "--set", "train.lr=1")
     assert code == 2
     assert "another run" in error
     assert run.last().attempt == 1
+
+
+def test_resume_names_every_difference_and_says_how_to_go_on_all_the_same(
+    command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("wrong_input")
+    run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
+    print_before = fingerprint(run.recipe())
+    content = yaml.safe_load(tiny_recipe.read_text())
+    content["train"] |= {"lr": 0.5}
+    content["log"] = {"every_steps": 7}
+    tiny_recipe.write_text(yaml.safe_dump(content))
+    code, _, error = command("resume", run.id, "--recipe", str(tiny_recipe))
+    assert code == 2
+    assert "train.lr: 0.0003 -> 0.5" in error
+    assert "log.every_steps: 50 -> 7" in error
+    assert "FORCE=1" in error
+    ranks_do("ok")
+    code, out, _ = command("resume", run.id, "--recipe", str(tiny_recipe), "--force")
+    assert (code, run_of(out)) == (0, run.id)
+    assert "changed: train.lr: 0.0003 -> 0.5" in out
+    assert run.recipe().train.lr == 0.5
+    assert run.recipe().checkpoint.accept == [print_before], "its checkpoints are taken up"
+    assert "train.lr: 0.0003 -> 0.5" in run.handle(run.last())["changed"]
+
+
+def test_submit_does_not_undo_what_a_forced_resume_has_changed(
+    command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("fail")
+    run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
+    command("resume", run.id, "--set", "train.lr=0.5", "--force")
+    code, _, error = command("submit", str(tiny_recipe))
+    assert code == 2
+    assert f"make resume RUN={run.id}" in error
+
+
+def test_resume_goes_on_with_another_number_of_ranks_and_names_those_that_are_possible(
+    command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("wrong_input")
+    run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
+    code, _, error = command("resume", run.id, "--nproc", "3")
+    assert code == 2
+    assert "allowed: 1, 2" in error
+    ranks_do("ok")
+    assert command("resume", run.id, "--nproc", "1")[0] == 0
+    assert run.recipe().launch.ranks == 1
 
 
 def test_a_dry_run_prints_recipe_and_plan_and_submits_nothing(command: Command, tiny_recipe: Path, root: str) -> None:

@@ -41,7 +41,7 @@ def no_end(reason: str) -> None:
 def test_a_rank_that_cannot_start_says_why_in_one_line(root: str) -> None:
     command = [sys.executable, "-m", "jobs.worker", "--run", "demo-1", "--store", root, "--attempt", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: run 'demo-1' is not in")
     assert done.stderr.count("\n") == 1
 
@@ -72,6 +72,7 @@ def test_a_rank_is_asked_to_stop_when_its_parent_is_gone(root: str) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "up\n"
     child.kill()
+    assert child.stdout.readline() == "SIGTERM received: saving and leaving\n"
     assert child.stdout.readline() == "stopped\n"
     child.wait()
 

@@ -1,27 +1,28 @@
-"""`make bench CHECKPOINT=1`: what saving costs training, and how it compares with saving in the loop and to DeepSpeed.
+"""`make bench CHECKPOINT=1`: what saving costs training, beside saving in the loop, a bare upload, and DeepSpeed's own.
 
 Two gloo ranks with the real engine and courier save to a real S3 server on this machine: a Ceph gateway, or moto where
-Debian's packages are missing. Every arm is measured once a round, each round in another order.
+Debian's packages are missing. Every arm is measured once a round, and rounds begin with different arms.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import os
+import platform
 import re
-import secrets
-import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ from core.bucket import S3Store
 from core.checkpoint import newest, restore
 from core.comm import Comm
 from core.config import Train
-from core.courier import Courier, Delivery
+from core.courier import Courier
 from core.engine import Engine
 from core.manifest import Manifest, Position
 from core.methods.base import Batch
+from core.optim import decay_groups
 from core.retention import Policy
 from core.snapshot import pieces
 from core.spool import Spool
@@ -45,168 +47,144 @@ from tests.ranks import free_port, run_ranks
 
 WORLD, WARM, ROUNDS, STEPS = 2, 2, 9, 8
 WIDTH, LAYERS = 1000, 24  # 24 M parameters: 144 MB of state on each of two ranks
-CEPH = ("radosgw", "ceph-mon", "ceph-osd")
-Samples = dict[str, list[float]]
-SETTINGS = Train(batch=32, micro_batch=16, lr=1e-3, clip=0.0, precision="fp32")
+SETTINGS = Train(batch=16 * WORLD, micro_batch=16, lr=1e-3, clip=0.0, precision="fp32")
+CPU = torch.device("cpu")
+Span = tuple[float, float]  # begin and end on a clock that all processes of the machine share
 
 
-# ---- servers
-
-
-@contextlib.contextmanager
+@contextmanager
 def server(folder: Path) -> Iterator[tuple[str, str]]:
-    """What serves S3, in words, and the name of a bucket; the environment tells clients how to reach it."""
+    """What serves S3, in words, and a bucket; the environment tells clients how to reach it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost", AWS_EC2_METADATA_DISABLED="true")
-    missing = [name for name in CEPH if not shutil.which(name)]
+    missing = [name for name in ("radosgw", "ceph-mon", "ceph-osd") if not shutil.which(name)]
     if missing:
         print(f"no {', '.join(missing)} here (apt-get install -y radosgw ceph-mon ceph-osd): measuring against moto")
-    with moto() if missing else ceph(folder) as (name, env):
-        os.environ.update(env)
-        yield name, make_bucket(env)
+    with ExitStack() as stack:
+        os.environ.update(env := moto(stack) if missing else ceph(stack, folder))
+        yield "moto" if missing else "a Ceph gateway", make_bucket(env)
 
 
-@contextlib.contextmanager
-def ceph(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    try:
-        up = [TOOLS / "s3-up", folder, "--until", str(os.getpid()), "--gib", "32"]
-        subprocess.run(up, check=True, timeout=180, stdout=subprocess.DEVNULL)
-        words = shlex.split((folder / "env").read_text())
-        yield "Ceph gateway", dict(word.split("=", 1) for word in words if "=" in word)
-    finally:
-        subprocess.run([TOOLS / "s3-down", folder, "--purge"], check=True, timeout=60, stdout=subprocess.DEVNULL)
+def ceph(stack: ExitStack, folder: Path) -> dict[str, str]:
+    quietly = partial(subprocess.run, check=True, timeout=180, stdout=subprocess.DEVNULL)
+    stack.callback(quietly, [TOOLS / "s3-down", folder, "--purge"])
+    quietly([TOOLS / "s3-up", folder, "--until", str(os.getpid()), "--gib", "32"])
+    return dict(word.split("=", 1) for word in (folder / "env").read_text().split() if "=" in word)
 
 
-@contextlib.contextmanager
-def moto() -> Iterator[tuple[str, dict[str, str]]]:
+def moto(stack: ExitStack) -> dict[str, str]:
     """In a process of its own."""
     port = free_port()
-    keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
-    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys}
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield "moto", env
-    finally:
-        process.kill()
-        process.wait()
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
+        time.sleep(0.1)
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys}
 
 
 # ---- on the ranks
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-
+class Net(nn.Sequential):
     def forward(self, batch: Batch) -> torch.Tensor:
-        x = batch.views["x"]
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
+        return super().forward(batch.views["x"])
+
+
+def engine(world: int) -> Engine:
+    torch.manual_seed(0)
+    module = Net(*[layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+    groups, settings = decay_groups(module.named_parameters(), 0.01), replace(SETTINGS, batch=16 * world)
+    return Engine(module, groups, settings, zero_stage=1, world=world, per_parameter_clip=False, device=CPU)
 
 
 class Timed(S3Store):
     """Notes when the upload of a part begins and ends, and keeps the newest part's bytes for the bare transfer."""
 
-    span = (0.0, 0.0)
+    span: Span
     copy: Path
 
     def put_file(self, key: str, path: Path) -> None:
-        if not key.endswith(".safetensors"):
-            return super().put_file(key, path)
-        self.copy.unlink(missing_ok=True)
-        os.link(path, self.copy)
         began = time.monotonic()
         super().put_file(key, path)
-        self.span = began, time.monotonic()
-        return None
+        if key.endswith(".safetensors"):
+            self.span = began, time.monotonic()
+            self.copy.unlink(missing_ok=True)
+            os.link(path, self.copy)
 
 
-@dataclass
 class Bench:
-    """One rank's engine and courier, and what each arm took. Times of `span`s can be compared between ranks."""
+    """One rank, and what each arm took."""
 
-    uri: str
-    folder: Path
-    samples: dict[str, list[Any]] = field(default_factory=dict)
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.comm, self.engine, self.folder = Comm(CPU), engine(WORLD), folder
+        self.store = Timed(uri)
+        self.store.copy = folder / f"part-{self.comm.rank}"
+        self.courier = Courier(self.store, Spool(str(folder), self.store), self.comm.rank, 0, Policy(keep=10**6))
+        self.samples, self.saves = dict[str, list[Any]](), 0
 
-    def __post_init__(self) -> None:
-        self.comm, self.engine = Comm(torch.device("cpu")), engine(WORLD)
-        self.store = Timed(self.uri)
-        self.store.copy = self.folder / f"part-{self.comm.rank}"
-        spool = Spool(str(self.folder), self.store)
-        self.courier = Courier(self.store, spool, self.comm.rank, 0, Policy(keep=10**6))
-        self.number = 0
-
-    def note(self, name: str, value: Any) -> None:
+    def note(self, name: str, value: float | Span) -> None:
         self.samples.setdefault(name, []).append(value)
 
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.note(name, (began, time.monotonic()))
+
     def step(self) -> float:
-        began = time.perf_counter()
+        began = time.monotonic()
         x = torch.full((SETTINGS.micro_batch, WIDTH), 0.1 * (1 + self.comm.rank))
         self.engine.backward(self.engine.forward(Batch({"x": x})).square().mean())
         self.engine.step(lambda scale: SETTINGS.lr * scale)
-        return time.perf_counter() - began
-
-    def save(self) -> Delivery:
-        """As `Attempt.save` does."""
-        self.number += 1
-        place, shapes = Position("main", self.number, self.number, False), self.engine.shapes
-        manifest = Manifest(place, "bench", 0, 1, WORLD, 1, self.engine.adam_step, time.time(),
-                            {name: list(shape) for name, shape in shapes.items()})  # fmt: skip
-        return self.courier.save(manifest, pieces(self.engine, {}, self.comm), None)
-
-    def in_the_loop(self) -> None:
-        began = time.perf_counter()
-        self.save()
-        self.courier.wait(300)
-        self.note("stall in the loop", time.perf_counter() - began)
-        self.note("upload", self.store.span)
-
-    def beside(self) -> None:
-        """Save, and train on until all ranks' parts are there."""
-        began = time.perf_counter()
-        self.save()
-        self.note("stall", time.perf_counter() - began)
-        began, busy = time.perf_counter(), []
-        while self.comm.max(torch.tensor(float(self.courier.pending > 0))).item():
-            busy.append(self.step())
-        self.note("step during upload", statistics.mean(busy))
-        self.note("on its way", time.perf_counter() - began)
+        return time.monotonic() - began
 
     def steps(self) -> None:
         self.note("step alone", statistics.mean(self.step() for _ in range(STEPS)))
 
+    def save(self) -> None:
+        """As `Attempt.save` does."""
+        self.saves += 1
+        shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
+        place = Position("main", self.saves, self.saves, False)
+        manifest = Manifest(place, "bench", 0, 1, WORLD, 1, self.engine.adam_step, time.time(), shapes)
+        self.courier.save(manifest, pieces(self.engine, {}, self.comm), None)
+
+    def in_the_loop(self) -> None:
+        computed = time.process_time()
+        with self.span("stall in the loop"):
+            self.save()
+            self.courier.wait(300)
+        self.note("processor", time.process_time() - computed)
+        self.note("upload", self.store.span)
+
+    def beside(self) -> None:
+        """Save, and train on until all ranks' parts are there."""
+        busy = []
+        with self.span("on its way"):
+            with self.span("stall"):
+                self.save()
+            while self.comm.max(torch.tensor(float(self.courier.pending > 0))).item():
+                busy.append(self.step())
+        self.note("step meanwhile", statistics.mean(busy))
+
     def bare(self) -> None:
-        """boto3 as it comes, of the bytes that the courier uploaded last."""
+        """boto3 as it comes, and the bytes that the courier uploaded last."""
         import boto3
 
         client, bucket = boto3.client("s3"), self.store.bucket
-        client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # the first connection
         self.comm.barrier()
-        began = time.monotonic()
-        client.upload_file(str(self.store.copy), bucket, f"bare/{self.comm.rank}")
-        self.note("bare upload", (began, time.monotonic()))
+        with self.span("bare"):
+            client.upload_file(str(self.store.copy), bucket, f"bare/{self.comm.rank}")
 
     def deepspeed(self) -> None:
-        shutil.rmtree(self.folder / "ds" / "last", ignore_errors=True)
-        self.comm.barrier()
-        began = time.perf_counter()
         info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        self.engine.ds.save_checkpoint(str(self.folder / "ds"), tag="last", client_state=info)
-        self.note("DeepSpeed's save", time.perf_counter() - began)
-
-
-def engine(world: int) -> Engine:
-    module, settings = Net(), Train(**{**vars(SETTINGS), "batch": SETTINGS.micro_batch * world})
-    groups = [{"params": list(module.parameters()), "names": [n for n, _ in module.named_parameters()],
-               "weight_decay": 0.01}]  # fmt: skip
-    return Engine(module, groups, settings, zero_stage=1, world=world, per_parameter_clip=False,
-                  device=torch.device("cpu"))  # fmt: skip
+        with self.span("DeepSpeed"):
+            self.engine.ds.save_checkpoint(str(self.folder / "ds"), tag="last", client_state=info)
 
 
 def measure(uri: str, folder: Path) -> tuple[dict[str, list[Any]], int]:
@@ -214,10 +192,10 @@ def measure(uri: str, folder: Path) -> tuple[dict[str, list[Any]], int]:
     bench = Bench(uri, folder)
     bench.step()
     arms = [bench.in_the_loop, bench.steps, bench.bare, bench.beside, bench.deepspeed]
-    for number in range(WARM + ROUNDS):
-        if number == WARM:
+    for number in range(-WARM, ROUNDS):
+        if number == 0:
             bench.samples.clear()
-        turn = number % len(arms) if number >= WARM else 0
+        turn = max(number, 0) % len(arms)
         for arm in arms[turn:] + arms[:turn]:
             bench.comm.barrier()
             arm()
@@ -225,28 +203,89 @@ def measure(uri: str, folder: Path) -> tuple[dict[str, list[Any]], int]:
     return bench.samples, bench.store.copy.stat().st_size
 
 
-def resume(uri: str) -> list[float]:
-    """Seconds in which one rank finds, verifies and restores what two have written."""
-    comm, own, store, taken = Comm(torch.device("cpu")), engine(1), S3Store(uri), []
+def resume(uri: str) -> list[tuple[float, float]]:
+    """Seconds in which one rank verifies, and then restores, what two have written."""
+    comm, own, store, taken = Comm(CPU), engine(1), S3Store(uri), []
     for _ in range(WARM + ROUNDS):
-        began = time.perf_counter()
+        began = time.monotonic()
         manifest = newest(store, verify=comm)
         assert manifest is not None
-        verified = time.perf_counter()
+        verified = time.monotonic()
         restore(store, manifest, own)
-        taken.append((verified - began, time.perf_counter() - verified))
+        taken.append((verified - began, time.monotonic() - verified))
     return taken[WARM:]
 
 
 def convert(folder: Path) -> float:
     from deepspeed.checkpoint import ds_to_universal
 
-    given = argparse.Namespace(
-        input_folder=str(folder / "ds" / "last"), output_folder=str(folder / "ds" / "universal"), num_extract_workers=2,
-        num_merge_workers=2, keep_temp_folder=False, strict=True, inject_missing_state=False,
-    )  # fmt: skip
-    shutil.rmtree(given.output_folder, ignore_errors=True)
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        began = time.perf_counter()
+    shutil.rmtree(folder / "universal", ignore_errors=True)
+    given = SimpleNamespace(input_folder=f"{folder}/ds/last", output_folder=f"{folder}/universal", strict=True,
+                            num_extract_workers=WORLD, num_merge_workers=WORLD, keep_temp_folder=False,
+                            inject_missing_state=False)  # fmt: skip
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+        began = time.monotonic()
         ds_to_universal.main(given)
-        return time.perf_counter() - began
+        return time.monotonic() - began
+
+
+# ---- what it comes to
+
+
+def figures(ranks: list[dict[str, list[Any]]], size: int) -> dict[str, list[float]]:
+    """Of all rounds: the slower rank's seconds, MB/s of both ranks together, and ratios round by round."""
+    rounds = {name: list(zip(*(rank[name] for rank in ranks), strict=True)) for name in ranks[0]}
+    slower = {name: [max(map(seconds, both)) for both in each] for name, each in rounds.items()}
+    ours, bare = ([rate(spans, size) for spans in rounds[name]] for name in ("upload", "bare"))
+    return {
+        "stall of a save in the loop, s": slower["stall in the loop"],
+        "stall of a save beside training, s": slower["stall"],
+        "times less stall": ratios(slower["stall in the loop"], slower["stall"]),
+        "upload, MB/s": ours,
+        "bare boto3 upload of the same bytes, MB/s": bare,
+        "upload / bare": ratios(ours, bare),
+        "processor time of a save on a rank, s": slower["processor"],
+        "step alone, s": slower["step alone"],
+        "step while a save is on its way, s": slower["step meanwhile"],
+        "times slower step": ratios(slower["step meanwhile"], slower["step alone"]),
+        "save beside training until committed, s": slower["on its way"],
+        "DeepSpeed's blocking save to a local folder, s": slower["DeepSpeed"],
+    }
+
+
+def seconds(value: float | Span) -> float:
+    return value[1] - value[0] if isinstance(value, tuple) else value
+
+
+def rate(spans: tuple[Span, ...], size: int) -> float:
+    """MB/s from the first rank's beginning to the last one's end."""
+    return size * len(spans) / 1e6 / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="save-") as name, server(Path(name) / "s3") as (kind, bucket):
+        folder, uri = Path(name), f"s3://{bucket}/run"
+        (first, size), (second, _) = run_ranks(measure, WORLD, uri, folder, timeout_s=600)
+        found = figures([first, second], size)
+        found["DeepSpeed's conversion for another world size, s"] = [convert(folder) for _ in range(3)]
+        verified, restored = zip(*run_ranks(resume, 1, uri, timeout_s=300)[0], strict=True)
+        found |= {"verifying ours on 1 rank, s": list(verified), "restoring ours on 1 rank, s": list(restored)}
+    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    head = (f"{WORLD} gloo ranks on {device}, torch {torch.__version__}, ZeRO 1, fp32, {size / 1e6:.0f} MB a rank, S3 "
+            f"from {kind} on the same machine, {ROUNDS} rounds taken in turns")  # fmt: skip
+    quartiles = {what: statistics.quantiles(values, n=4) for what, values in found.items()}
+    rows = [[what, f"{middle:.3g}", f"{low:.3g}..{high:.3g}"] for what, (low, middle, high) in quartiles.items()]
+    print(f"{head}\n\n{table(['what', 'median', 'quartiles'], rows)}")
+    path = RESULTS / f"checkpoint-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path.write_text(json.dumps({"what": head, "quartiles": quartiles, "rounds": found}, indent=1) + "\n")
+    print(f"kept in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
