@@ -49,6 +49,9 @@ WORLD, WARM, ROUNDS, STEPS = 2, 2, 9, 8
 WIDTH, LAYERS = 1000, 24  # 24 M parameters: 144 MB of state on each of two ranks
 SETTINGS = Train(batch=16 * WORLD, micro_batch=16, lr=1e-3, clip=0.0, precision="fp32")
 CPU = torch.device("cpu")
+IN_LOOP, BESIDE = "stall of a save in the loop, s", "stall of a save beside training, s"
+UPLOAD, BARE = "upload of parts, MB/s", "bare boto3 upload of the same bytes, MB/s"
+ALONE, BUSY = "step alone, s", "step while a save is on its way, s"
 Span = tuple[float, float]  # begin and end on a clock that all processes of the machine share
 
 
@@ -143,7 +146,7 @@ class Bench:
         return time.monotonic() - began
 
     def steps(self) -> None:
-        self.note("step alone", statistics.mean(self.step() for _ in range(STEPS)))
+        self.note(ALONE, statistics.mean(self.step() for _ in range(STEPS)))
 
     def save(self) -> None:
         """As `Attempt.save` does."""
@@ -155,35 +158,35 @@ class Bench:
 
     def in_the_loop(self) -> None:
         computed = time.process_time()
-        with self.span("stall in the loop"):
+        with self.span(IN_LOOP):
             self.save()
             self.courier.wait(300)
-        self.note("processor", time.process_time() - computed)
-        self.note("upload", self.store.span)
+        self.note("processor time of a save on a rank, s", time.process_time() - computed)
+        self.note(UPLOAD, self.store.span)
 
     def beside(self) -> None:
         """Save, and train on until all ranks' parts are there."""
         busy = []
-        with self.span("on its way"):
-            with self.span("stall"):
+        with self.span("save beside training until it is committed, s"):
+            with self.span(BESIDE):
                 self.save()
             while self.comm.max(torch.tensor(float(self.courier.pending > 0))).item():
                 busy.append(self.step())
-        self.note("step meanwhile", statistics.mean(busy))
+        self.note(BUSY, statistics.mean(busy))
 
     def bare(self) -> None:
         """boto3 as it comes, and the bytes that the courier uploaded last."""
         import boto3
 
         client, bucket = boto3.client("s3"), self.store.bucket
-        client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # the first connection
+        client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # connects
         self.comm.barrier()
-        with self.span("bare"):
+        with self.span(BARE):
             client.upload_file(str(self.store.copy), bucket, f"bare/{self.comm.rank}")
 
     def deepspeed(self) -> None:
         info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        with self.span("DeepSpeed"):
+        with self.span("DeepSpeed's blocking save to a local folder, s"):
             self.engine.ds.save_checkpoint(str(self.folder / "ds"), tag="last", client_state=info)
 
 
@@ -203,17 +206,18 @@ def measure(uri: str, folder: Path) -> tuple[dict[str, list[Any]], int]:
     return bench.samples, bench.store.copy.stat().st_size
 
 
-def resume(uri: str) -> list[tuple[float, float]]:
-    """Seconds in which one rank verifies, and then restores, what two have written."""
-    comm, own, store, taken = Comm(CPU), engine(1), S3Store(uri), []
-    for _ in range(WARM + ROUNDS):
+def resume(uri: str) -> list[float]:
+    """Seconds in which one rank verifies and restores what two have written."""
+    own, store = engine(1), S3Store(uri)
+
+    def once() -> float:
         began = time.monotonic()
-        manifest = newest(store, verify=comm)
+        manifest = newest(store, verify=Comm(CPU))
         assert manifest is not None
-        verified = time.monotonic()
         restore(store, manifest, own)
-        taken.append((verified - began, time.monotonic() - verified))
-    return taken[WARM:]
+        return time.monotonic() - began
+
+    return [once() for _ in range(WARM + ROUNDS)][WARM:]
 
 
 def convert(folder: Path) -> float:
@@ -235,22 +239,11 @@ def convert(folder: Path) -> float:
 def figures(ranks: list[dict[str, list[Any]]], size: int) -> dict[str, list[float]]:
     """Of all rounds: the slower rank's seconds, MB/s of both ranks together, and ratios round by round."""
     rounds = {name: list(zip(*(rank[name] for rank in ranks), strict=True)) for name in ranks[0]}
-    slower = {name: [max(map(seconds, both)) for both in each] for name, each in rounds.items()}
-    ours, bare = ([rate(spans, size) for spans in rounds[name]] for name in ("upload", "bare"))
-    return {
-        "stall of a save in the loop, s": slower["stall in the loop"],
-        "stall of a save beside training, s": slower["stall"],
-        "times less stall": ratios(slower["stall in the loop"], slower["stall"]),
-        "upload, MB/s": ours,
-        "bare boto3 upload of the same bytes, MB/s": bare,
-        "upload / bare": ratios(ours, bare),
-        "processor time of a save on a rank, s": slower["processor"],
-        "step alone, s": slower["step alone"],
-        "step while a save is on its way, s": slower["step meanwhile"],
-        "times slower step": ratios(slower["step meanwhile"], slower["step alone"]),
-        "save beside training until committed, s": slower["on its way"],
-        "DeepSpeed's blocking save to a local folder, s": slower["DeepSpeed"],
-    }
+    found = {name: [rate(both, size) if name in (UPLOAD, BARE) else max(map(seconds, both)) for both in each]
+             for name, each in rounds.items()}  # fmt: skip
+    pairs = {"times less stall": (IN_LOOP, BESIDE), "upload / bare": (UPLOAD, BARE), "times slower step": (BUSY, ALONE)}
+    return found | {name: [a / b for a, b in zip(found[above], found[below], strict=True)]
+                    for name, (above, below) in pairs.items()}  # fmt: skip
 
 
 def seconds(value: float | Span) -> float:
@@ -262,10 +255,6 @@ def rate(spans: tuple[Span, ...], size: int) -> float:
     return size * len(spans) / 1e6 / (max(end for _, end in spans) - min(begin for begin, _ in spans))
 
 
-def ratios(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
 def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="save-") as name, server(Path(name) / "s3") as (kind, bucket):
@@ -273,8 +262,7 @@ def main() -> int:
         (first, size), (second, _) = run_ranks(measure, WORLD, uri, folder, timeout_s=600)
         found = figures([first, second], size)
         found["DeepSpeed's conversion for another world size, s"] = [convert(folder) for _ in range(3)]
-        verified, restored = zip(*run_ranks(resume, 1, uri, timeout_s=300)[0], strict=True)
-        found |= {"verifying ours on 1 rank, s": list(verified), "restoring ours on 1 rank, s": list(restored)}
+        (found["verifying and restoring ours at another world size, s"],) = run_ranks(resume, 1, uri, timeout_s=300)
     device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     head = (f"{WORLD} gloo ranks on {device}, torch {torch.__version__}, ZeRO 1, fp32, {size / 1e6:.0f} MB a rank, S3 "
             f"from {kind} on the same machine, {ROUNDS} rounds taken in turns")  # fmt: skip

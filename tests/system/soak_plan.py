@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 
 HOME = (2, 1)  # ranks and ZeRO stage of the uninterrupted run
-WORLDS, ZEROS, NODES = (1, 2, 2, 4), (0, 1, 2, 3), 2
+WORLDS, ZEROS, NODES = (1, 1, 2, 2, 2, 4), (0, 1, 2, 3), 2
 STEPS = (12, 16)
 
 
@@ -91,9 +91,9 @@ def told(event: Event) -> str:
 
 def draw(seed: int, steps: int | None = None) -> Plan:
     dice = random.Random(seed)
-    drawn, s3, moves = dice.choice(STEPS), dice.random() < 0.6, dice.random() < 0.5
+    drawn, s3, moves = dice.choice(STEPS), dice.random() < 0.5, dice.random() < 0.5
     tries = list[Try]()
-    for number in range(dice.randint(3, 6)):
+    for number in range(dice.randint(4, 6)):
         tries.append(_try(dice, tries[-1].node if tries else 0, number > 0, s3, moves))
     return Plan(seed, steps or drawn, dice.choice((2, 3)), dice.choice((0.1, 30.0)), s3, tuple(tries))
 
@@ -118,9 +118,9 @@ def _end(dice: random.Random, world: int) -> Event:
     if kind not in (Kind.STOP, Kind.STOP_TWICE):
         signals = []
     rank = 0 if kind is Kind.SLEEP else dice.randrange(world)
-    lasts_s = {Kind.SLEEP: dice.uniform(0.5, 6.0), Kind.STOP_TWICE: dice.uniform(0.0, 0.2)}.get(kind, 0.0)
+    lasts_s = {Kind.SLEEP: dice.uniform(2.0, 8.0), Kind.STOP_TWICE: dice.uniform(0.0, 0.2)}.get(kind, 0.0)
     first = 1 if kind is Kind.KILL_AT_STEP else 0
-    return Event(kind, rank, dice.randint(first, 6), round(dice.uniform(0.0, 0.4), 3), tuple(signals), 0,
+    return Event(kind, rank, dice.randint(first, 4), round(dice.uniform(0.0, 0.3), 3), tuple(signals), 0,
                  round(lasts_s, 2))  # fmt: skip
 
 
@@ -128,4 +128,4 @@ def _fault(dice: random.Random) -> Event:
     kind = dice.choice(FAULTS)
     requests = 0 if kind is Kind.SILENCE else dice.randint(1, 8)
     lasts_s = round(dice.uniform(0.5, 3.0), 2) if kind is Kind.SILENCE else 0.0
-    return Event(kind, 0, dice.randint(0, 5), round(dice.uniform(0.0, 0.3), 3), (), requests, lasts_s)
+    return Event(kind, 0, dice.randint(0, 3), round(dice.uniform(0.0, 0.3), 3), (), requests, lasts_s)

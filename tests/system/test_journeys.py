@@ -14,6 +14,7 @@ from PIL import Image
 
 from core.metrics import read_metrics
 from core.storage import open_store
+from jobs.record import Run, State
 from tests.conftest import S3Server
 from tests.system.cli import Shell, run_id, wait_for
 
@@ -38,7 +39,7 @@ def _processes(run: str) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"jobs.worker" in words and run.encode() in words:
+            if b"jobs.worker" in words and b"jobs.launchers.local" not in words and run.encode() in words:
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -48,12 +49,23 @@ def _step(store: str, run: str) -> int:
     return int(json.loads(beat.get("heartbeat.json")).get("step", 0)) if beat.size("heartbeat.json") else 0
 
 
-def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
-    whole, cut = f"file://{tmp_path}/whole", f"file://{tmp_path}/cut"
-    shell = Shell(tmp_path)
-    run = shell.submit("demo", *SHORT, "--store", whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = Shell(folder).submit("demo", *SHORT, "--store", f"file://{folder}/store")
+    found = _losses(f"file://{folder}/store", run)
+    assert len(found) == 60
+    return found
+
+
+def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
+    whole: dict[int, float], tmp_path: Path
+) -> None:
+    cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
     once = ("--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
     process = shell.start("submit", "demo", *once, "--store", cut)
+    run = wait_for("the run's record", lambda: next(iter(Run.list(cut)), ""))
     wait_for("a step after the first checkpoint", lambda: _step(cut, run) >= 12)
     os.kill(_processes(run)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
@@ -63,8 +75,24 @@ def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(tmp
     stopped = max(_losses(cut, run))
     assert 10 <= stopped < 60
     shell("resume", run, "--store", cut)
-    assert len(_losses(whole, run)) == 60
-    assert _losses(cut, run) == _losses(whole, run)
+    assert _losses(cut, run) == whole
+    told = shell("status", run, "--store", cut)
+    assert "attempt 2 went on from step" in told
+    assert "one of the newest 3" in told
+
+
+def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int, float], tmp_path: Path) -> None:
+    cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
+    process = shell.start("submit", "demo", *SHORT, "--store", cut)
+    run = wait_for("the run's record", lambda: next(iter(Run.list(cut)), ""))
+    wait_for("a step after the first checkpoint", lambda: _step(cut, run) >= 12)
+    os.kill(_processes(run)[-1], signal.SIGUSR2)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert _losses(cut, run) == whole
+    moves = [(t.state, t.attempt, t.info.get("reason", "")) for t in Run(cut, run).transitions()]
+    assert [attempt for state, attempt, _ in moves if state == State.QUEUED] == [1, 2]
+    assert (State.PREEMPTED, 1, "asked to stop") in moves
 
 
 @pytest.fixture
