@@ -1,7 +1,7 @@
 """`make bench CHECKPOINT=1`: what saving costs training, beside saving in the loop, a bare upload, and DeepSpeed's own.
 
-Two gloo ranks with the real engine and courier save to a real S3 server on this machine: a Ceph gateway, or moto where
-Debian's packages are missing. Every arm is measured once a round, and rounds begin with different arms.
+Two gloo ranks with the real engine and courier save to an S3 server on this machine: a Ceph gateway, or moto where its
+packages are missing. Every arm is measured once a round, and rounds begin with different arms.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import socket
 import statistics
@@ -17,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import torch
 from torch import nn
 
@@ -45,14 +45,12 @@ from jobs.table import table
 from tests.conftest import TOOLS, make_bucket
 from tests.ranks import free_port, run_ranks
 
-WORLD, WARM, ROUNDS, STEPS = 2, 2, 9, 8
-WIDTH, LAYERS = 1000, 24  # 24 M parameters: 144 MB of state on each of two ranks
-SETTINGS = Train(batch=16 * WORLD, micro_batch=16, lr=1e-3, clip=0.0, precision="fp32")
+WORLD, WARM, ROUNDS, STEPS = 2, 2, 7, 5
+WIDTH, LAYERS, IMAGES = 1000, 24, 16  # 24 M parameters: 144 MB of state on each of two ranks
 CPU = torch.device("cpu")
 IN_LOOP, BESIDE = "stall of a save in the loop, s", "stall of a save beside training, s"
 UPLOAD, BARE = "upload of parts, MB/s", "bare boto3 upload of the same bytes, MB/s"
 ALONE, BUSY = "step alone, s", "step while a save is on its way, s"
-Span = tuple[float, float]  # begin and end on a clock that all processes of the machine share
 
 
 @contextmanager
@@ -77,19 +75,15 @@ def ceph(stack: ExitStack, folder: Path) -> dict[str, str]:
 
 
 def moto(stack: ExitStack) -> dict[str, str]:
-    """In a process of its own."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    stack.callback(process.wait)
+    stack.enter_context(process)
     stack.callback(process.kill)
     while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
         time.sleep(0.1)
-    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
-    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys}
-
-
-# ---- on the ranks
+    return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}  # fmt: skip
 
 
 class Net(nn.Sequential):
@@ -100,15 +94,15 @@ class Net(nn.Sequential):
 def engine(world: int) -> Engine:
     torch.manual_seed(0)
     module = Net(*[layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
-    groups, settings = decay_groups(module.named_parameters(), 0.01), replace(SETTINGS, batch=16 * world)
+    groups = decay_groups(module.named_parameters(), 0.01)
+    settings = Train(batch=IMAGES * world, micro_batch=IMAGES, clip=0.0, precision="fp32")
     return Engine(module, groups, settings, zero_stage=1, world=world, per_parameter_clip=False, device=CPU)
 
 
 class Timed(S3Store):
     """Notes when the upload of a part begins and ends, and keeps the newest part's bytes for the bare transfer."""
 
-    span: Span
-    copy: Path
+    span, copy = (0.0, 0.0), Path()
 
     def put_file(self, key: str, path: Path) -> None:
         began = time.monotonic()
@@ -127,66 +121,62 @@ class Bench:
         self.store = Timed(uri)
         self.store.copy = folder / f"part-{self.comm.rank}"
         self.courier = Courier(self.store, Spool(str(folder), self.store), self.comm.rank, 0, Policy(keep=10**6))
-        self.samples, self.saves = dict[str, list[Any]](), 0
-
-    def note(self, name: str, value: float | Span) -> None:
-        self.samples.setdefault(name, []).append(value)
+        self.samples, self.saves = defaultdict[str, list[Any]](list), 0
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.note(name, (began, time.monotonic()))
+        self.samples[name].append(time.monotonic() - began)
 
     def step(self) -> float:
         began = time.monotonic()
-        x = torch.full((SETTINGS.micro_batch, WIDTH), 0.1 * (1 + self.comm.rank))
+        x = torch.full((IMAGES, WIDTH), 0.1 * (1 + self.comm.rank))
         self.engine.backward(self.engine.forward(Batch({"x": x})).square().mean())
-        self.engine.step(lambda scale: SETTINGS.lr * scale)
+        self.engine.step(lambda scale: 1e-3 * scale)
         return time.monotonic() - began
 
     def steps(self) -> None:
-        self.note(ALONE, statistics.mean(self.step() for _ in range(STEPS)))
+        self.samples[ALONE].append(statistics.mean(self.step() for _ in range(STEPS)))
 
     def save(self) -> None:
         """As `Attempt.save` does."""
         self.saves += 1
         shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
-        place = Position("main", self.saves, self.saves, False)
-        manifest = Manifest(place, "bench", 0, 1, WORLD, 1, self.engine.adam_step, time.time(), shapes)
+        manifest = Manifest(Position("main", self.saves, self.saves, False), "bench", 0, 1, WORLD, 1,
+                            self.engine.adam_step, time.time(), shapes)  # fmt: skip
         self.courier.save(manifest, pieces(self.engine, {}, self.comm), None)
 
     def in_the_loop(self) -> None:
         computed = time.process_time()
-        with self.span(IN_LOOP):
+        with self.timed(IN_LOOP):
             self.save()
             self.courier.wait(300)
-        self.note("processor time of a save on a rank, s", time.process_time() - computed)
-        self.note(UPLOAD, self.store.span)
+        self.samples["processor time of a save on a rank, s"].append(time.process_time() - computed)
+        self.samples[UPLOAD].append(self.store.span)
 
     def beside(self) -> None:
         """Save, and train on until all ranks' parts are there."""
-        busy = []
-        with self.span("save beside training until it is committed, s"):
-            with self.span(BESIDE):
+        with self.timed("save beside training until it is committed, s"):
+            with self.timed(BESIDE):
                 self.save()
+            busy = [self.step()]
             while self.comm.max(torch.tensor(float(self.courier.pending > 0))).item():
                 busy.append(self.step())
-        self.note(BUSY, statistics.mean(busy))
+        self.samples[BUSY].append(statistics.mean(busy))
 
     def bare(self) -> None:
         """boto3 as it comes, and the bytes that the courier uploaded last."""
-        import boto3
-
-        client, bucket = boto3.client("s3"), self.store.bucket
-        client.list_objects_v2(Bucket=bucket, MaxKeys=1)  # connects
+        client = boto3.client("s3")
+        client.list_objects_v2(Bucket=self.store.bucket, MaxKeys=1)  # connects
         self.comm.barrier()
-        with self.span(BARE):
-            client.upload_file(str(self.store.copy), bucket, f"bare/{self.comm.rank}")
+        began = time.monotonic()
+        client.upload_file(str(self.store.copy), self.store.bucket, f"bare/{self.comm.rank}")
+        self.samples[BARE].append((began, time.monotonic()))
 
     def deepspeed(self) -> None:
         info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        with self.span("DeepSpeed's blocking save to a local folder, s"):
+        with self.timed("DeepSpeed's blocking save to a local folder, s"):
             self.engine.ds.save_checkpoint(str(self.folder / "ds"), tag="last", client_state=info)
 
 
@@ -194,30 +184,25 @@ def measure(uri: str, folder: Path) -> tuple[dict[str, list[Any]], int]:
     """Samples of this rank, and the bytes of its part."""
     bench = Bench(uri, folder)
     bench.step()
-    arms = [bench.in_the_loop, bench.steps, bench.bare, bench.beside, bench.deepspeed]
+    arms = [bench.bare, bench.beside, bench.deepspeed, bench.in_the_loop, bench.steps]  # begins with the fourth
     for number in range(-WARM, ROUNDS):
-        if number == 0:
-            bench.samples.clear()
-        turn = max(number, 0) % len(arms)
-        for arm in arms[turn:] + arms[:turn]:
+        for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
             bench.comm.barrier()
             arm()
     bench.courier.close()
-    return bench.samples, bench.store.copy.stat().st_size
+    return {name: values[WARM:] for name, values in bench.samples.items()}, bench.store.copy.stat().st_size
 
 
 def resume(uri: str) -> list[float]:
     """Seconds in which one rank verifies and restores what two have written."""
-    own, store = engine(1), S3Store(uri)
-
-    def once() -> float:
+    own, store, taken = engine(1), S3Store(uri), []
+    for _ in range(WARM + ROUNDS):
         began = time.monotonic()
         manifest = newest(store, verify=Comm(CPU))
         assert manifest is not None
         restore(store, manifest, own)
-        return time.monotonic() - began
-
-    return [once() for _ in range(WARM + ROUNDS)][WARM:]
+        taken.append(time.monotonic() - began)
+    return taken[WARM:]
 
 
 def convert(folder: Path) -> float:
@@ -225,7 +210,7 @@ def convert(folder: Path) -> float:
 
     shutil.rmtree(folder / "universal", ignore_errors=True)
     given = SimpleNamespace(input_folder=f"{folder}/ds/last", output_folder=f"{folder}/universal", strict=True,
-                            num_extract_workers=WORLD, num_merge_workers=WORLD, keep_temp_folder=False,
+                            num_extract_workers=2, num_merge_workers=2, keep_temp_folder=False,
                             inject_missing_state=False)  # fmt: skip
     with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
         began = time.monotonic()
@@ -233,47 +218,35 @@ def convert(folder: Path) -> float:
         return time.monotonic() - began
 
 
-# ---- what it comes to
-
-
 def figures(ranks: list[dict[str, list[Any]]], size: int) -> dict[str, list[float]]:
     """Of all rounds: the slower rank's seconds, MB/s of both ranks together, and ratios round by round."""
     rounds = {name: list(zip(*(rank[name] for rank in ranks), strict=True)) for name in ranks[0]}
-    found = {name: [rate(both, size) if name in (UPLOAD, BARE) else max(map(seconds, both)) for both in each]
-             for name, each in rounds.items()}  # fmt: skip
+    found = {name: [max(both) for both in each] for name, each in rounds.items()}
+    for name in (UPLOAD, BARE):
+        found[name] = [WORLD * size / 1e6 / (max(a[1], b[1]) - min(a[0], b[0])) for a, b in rounds[name]]
     pairs = {"times less stall": (IN_LOOP, BESIDE), "upload / bare": (UPLOAD, BARE), "times slower step": (BUSY, ALONE)}
     return found | {name: [a / b for a, b in zip(found[above], found[below], strict=True)]
                     for name, (above, below) in pairs.items()}  # fmt: skip
 
 
-def seconds(value: float | Span) -> float:
-    return value[1] - value[0] if isinstance(value, tuple) else value
-
-
-def rate(spans: tuple[Span, ...], size: int) -> float:
-    """MB/s from the first rank's beginning to the last one's end."""
-    return size * len(spans) / 1e6 / (max(end for _, end in spans) - min(begin for begin, _ in spans))
-
-
-def main() -> int:
+def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="save-") as name, server(Path(name) / "s3") as (kind, bucket):
         folder, uri = Path(name), f"s3://{bucket}/run"
-        (first, size), (second, _) = run_ranks(measure, WORLD, uri, folder, timeout_s=600)
+        (first, size), (second, _) = run_ranks(measure, WORLD, uri, folder, timeout_s=1800)
         found = figures([first, second], size)
         found["DeepSpeed's conversion for another world size, s"] = [convert(folder) for _ in range(3)]
         (found["verifying and restoring ours at another world size, s"],) = run_ranks(resume, 1, uri, timeout_s=300)
-    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    device = f"cpu-{platform.machine().replace('_', '-')}-{os.cpu_count()}-cores"
     head = (f"{WORLD} gloo ranks on {device}, torch {torch.__version__}, ZeRO 1, fp32, {size / 1e6:.0f} MB a rank, S3 "
             f"from {kind} on the same machine, {ROUNDS} rounds taken in turns")  # fmt: skip
     quartiles = {what: statistics.quantiles(values, n=4) for what, values in found.items()}
     rows = [[what, f"{middle:.3g}", f"{low:.3g}..{high:.3g}"] for what, (low, middle, high) in quartiles.items()]
     print(f"{head}\n\n{table(['what', 'median', 'quartiles'], rows)}")
-    path = RESULTS / f"checkpoint-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path = RESULTS / f"checkpoint-{device}.json"
     path.write_text(json.dumps({"what": head, "quartiles": quartiles, "rounds": found}, indent=1) + "\n")
     print(f"kept in {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -89,13 +89,14 @@ def told(event: Event) -> str:
     return f"{given.pop('kind').value}: " + ", ".join(f"{name} {value}" for name, value in given.items())
 
 
-def draw(seed: int, steps: int | None = None) -> Plan:
+def draw(seed: int, steps: int = 0, most: int = 6) -> Plan:
+    """steps: instead of drawn ones.  most: attempts to which something happens."""
     dice = random.Random(seed)
     drawn, s3, moves = dice.choice(STEPS), dice.random() < 0.5, dice.random() < 0.5
-    tries = list[Try]()
+    keep, flush_s, tries = dice.choice((2, 3)), dice.choice((0.1, 30.0)), list[Try]()
     for number in range(dice.randint(4, 6)):
         tries.append(_try(dice, tries[-1].node if tries else 0, number > 0, s3, moves))
-    return Plan(seed, steps or drawn, dice.choice((2, 3)), dice.choice((0.1, 30.0)), s3, tuple(tries))
+    return Plan(seed, steps or drawn, keep, flush_s, s3, tuple(tries[:most]))
 
 
 def calm(after: Try) -> Try:
@@ -107,7 +108,7 @@ def _try(dice: random.Random, node: int, later: bool, s3: bool, moves: bool) -> 
     world, zero = (dice.choice(WORLDS), dice.choice(ZEROS)) if moves else HOME
     if later and dice.random() < 0.4:
         node = dice.randrange(NODES)
-    faults = [_fault(dice) for _ in range(dice.choice((0, 1, 1, 2)))] if s3 else []
+    faults = [_fault(dice) for _ in range(dice.choice((0, 1, 2, 3)))] if s3 else []
     flip = round(dice.random(), 4) if later and dice.random() < 0.2 else None
     return Try(world, zero, node, _end(dice, world), tuple(faults), flip, dice.choice((0.0, 0.3, 1.0)))
 
@@ -126,6 +127,6 @@ def _end(dice: random.Random, world: int) -> Event:
 
 def _fault(dice: random.Random) -> Event:
     kind = dice.choice(FAULTS)
-    requests = 0 if kind is Kind.SILENCE else dice.randint(1, 8)
+    requests = 0 if kind is Kind.SILENCE else dice.choice((1, 3, 8, 40))
     lasts_s = round(dice.uniform(0.5, 3.0), 2) if kind is Kind.SILENCE else 0.0
     return Event(kind, 0, dice.randint(0, 3), round(dice.uniform(0.0, 0.3), 3), (), requests, lasts_s)
