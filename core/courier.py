@@ -143,7 +143,7 @@ class Courier:
         """To the node's disk; where that fails, the part is uploaded from memory."""
         manifest, name = delivery.manifest, part(self.rank)
         try:
-            about = parts.describe(manifest, delivery.snapshot.describe())
+            about = parts.describe(manifest if self.rank == 0 else None, delivery.snapshot.describe())
             wanted: list[tuple[str, Bytes]] = [*([delivery.rows] if delivery.rows else []),
                       (f"{manifest.key}/{name}.safetensors", delivery.snapshot.content()),
                       (f"{manifest.key}/{name}.json", about)]  # fmt: skip
@@ -186,6 +186,7 @@ class Courier:
             self._loosely(lambda: retention.drop(self.run, manifest.key))
             return Fate.REFUSED
         self._after = self._patiently(lambda: commit(self.run, whole, self._after))
+        self.policy.learn(whole, self._after)
         self._loosely(lambda: retention.retain(self.run, self.policy))
         return Fate.COMMITTED
 

@@ -16,9 +16,10 @@ READERS = 16
 REFUSED = "the state holds infinities or NaN"
 
 
-def describe(manifest: Manifest, own: Part) -> bytes:
-    """Content of rank-NNNN.json: what this rank wrote, and what all ranks agree on."""
-    return json.dumps({"about": manifests.to_json(manifest), "part": own.to_json()}).encode()
+def describe(manifest: Manifest | None, own: Part) -> bytes:
+    """Content of rank-NNNN.json: what this rank wrote, and, from rank 0, what all ranks agree on."""
+    about = {} if manifest is None else {"about": manifests.to_json(manifest)}
+    return json.dumps({**about, "part": own.to_json()}).encode()
 
 
 def collect(run: Store, key: str) -> Manifest | str | None:

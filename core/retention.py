@@ -30,8 +30,13 @@ class Policy:
     def read(self, run: Store, number: int) -> Entry:
         if number not in self._known:
             entry = commits.read(run, number)
-            self._known[number] = replace(entry, slices=[]) if isinstance(entry, Manifest) else entry
+            self.learn(entry, number)
         return self._known[number]
+
+    def learn(self, entry: Entry, number: int) -> None:
+        """An entry that need not be read again."""
+        light = replace(entry, slices=[]) if isinstance(entry, Manifest) else entry
+        self._known[number] = replace(light, number=number)
 
 
 def reasons(course: list[Manifest], policy: Policy, held: set[int]) -> dict[int, str]:

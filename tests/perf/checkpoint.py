@@ -113,9 +113,7 @@ class Timed(S3Store):
             os.link(path, self.copy)
 
 
-class Bench:
-    """One rank, and what each arm took."""
-
+class Bench:  # one rank, and what each arm took
     def __init__(self, uri: str, folder: Path) -> None:
         self.comm, self.engine, self.folder = Comm(CPU), engine(WORLD), folder
         self.store = Timed(uri)

@@ -81,7 +81,7 @@ def agreed(module: nn.Module) -> Manifest:
 def put_all(store: Store, manifest: Manifest, owned: list[Part]) -> None:
     def put(rank: int) -> None:
         store.put(f"{manifest.key}/{part(rank)}.safetensors", TINY)
-        store.put(f"{manifest.key}/{part(rank)}.json", parts.describe(manifest, owned[rank]))
+        store.put(f"{manifest.key}/{part(rank)}.json", parts.describe(None if rank else manifest, owned[rank]))
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(put, range(WORLD)))
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_1024_ranks_is_committed_in_one_request_a_rank_and_a_few
     assert last.number == 2
 
     lists, puts = (sum(sign in line for line in seen) for sign in ("list-type=2", "PUT "))
-    size, about = store.size(commits.key(2)), store.size(f"{manifest.key}/{part(0)}.json")
+    size, about = store.size(commits.key(2)), store.size(f"{manifest.key}/{part(1)}.json")
     print(f"\n{WORLD} ranks, {TENSORS} tensors, {len(whole.slices)} slices: {len(seen)} requests ({lists} listings, "
           f"{puts} put), collect {collect_s:.2f} s, commit {commit_s:.2f} s, newest {newest_s:.2f} s, "
           f"manifest {size} bytes, a rank's description {about} bytes")  # fmt: skip
