@@ -71,20 +71,23 @@ def upload(run: Store, spool: Spool) -> None:
         spool.remove(key)
 
 
-def adopt(run: Store, fingerprints: list[str]) -> Manifest | None:
-    """Commit the newest checkpoint of which all parts are there though nobody has: its attempt died before it could."""
-    above, last = border(run), max(commits.numbers(run), default=0)
+def adopt(run: Store, fingerprints: list[str], after: int) -> int | None:
+    """Commit the newest checkpoint of which all parts are there though nobody has: its attempt died before it could.
+
+    after: the last entry read.  Returns the number of the new one.
+    """
+    above = border(run)
     folders = {e.key.rpartition("/")[0] for e in run.list(f"{manifest.FOLDER}/")}
     coming = {key for key in folders if (place := place_of(key)) and is_newer(place, above)}
     for key in sorted(coming - (_named(run) if coming else set()), reverse=True):
         whole = parts.collect(run, key)
         if isinstance(whole, Manifest) and whole.fingerprint in fingerprints:
             try:
-                commits.commit(run, whole, last)
+                number = commits.commit(run, whole, after)
             except SupersededError:
                 return None  # somebody else begins in this moment
             print(f"committed {whole.key}, which an earlier attempt had left complete", flush=True)
-            return whole
+            return number
     return None
 
 
@@ -117,12 +120,15 @@ def is_newer(place: Place, above: Place) -> bool:
 
 
 def _look(run: Store, fingerprints: list[str], attempt: int) -> int:
-    """Number of the log's last entry, or OLD when a newer attempt has started."""
+    """Number of the log's last entry, or OLD when a newer attempt has started.
+
+    The number is taken before the log is read: whatever is appended in the meantime makes the claim behind it fail.
+    """
+    seen = max(commits.numbers(run), default=0)
     last = next((e for e in commits.entries(run) if isinstance(e, Claim)), None)
     if last is not None and last.attempt > attempt:
         return OLD
-    adopt(run, fingerprints)
-    return max(commits.numbers(run), default=0)
+    return adopt(run, fingerprints, seen) or seen
 
 
 def _of_another_recipe(run: Store, fingerprints: list[str]) -> Manifest | None:

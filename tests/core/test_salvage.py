@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
 import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from core.commits import Claim, SupersededError
 from core.manifest import CheckpointError, Manifest
 from core.salvage import adopt, begin, upload
 from core.spool import Spool
-from core.storage import Store, StoreError, open_store
+from core.storage import Entry, FileStore, Store, StoreError, open_store
 from tests.core.logs import Troubled, a_run, claim, keys, log, manifest, on_course, put_checkpoint, put_part
 from tests.ranks import run_ranks
 
@@ -37,6 +40,16 @@ def started(run: Store, *steps: int) -> None:
         put_checkpoint(run, manifest(step))
 
 
+def adopted(run: Store, *fingerprints: str) -> Manifest | None:
+    """The checkpoint that is committed by who begins now."""
+    number = adopt(run, list(fingerprints), max(commits.numbers(run), default=0))
+    if number is None:
+        return None
+    entry = commits.read(run, number)
+    assert isinstance(entry, Manifest)
+    return entry
+
+
 # ---- a complete checkpoint that nobody has committed
 
 
@@ -46,14 +59,14 @@ def test_what_an_attempt_left_complete_is_committed_the_newest_alone(run: Store)
         for rank in range(2):
             put_part(run, manifest(step, world=2), rank)
     put_part(run, manifest(8, world=2), 0)
-    found = adopt(run, ["f"])
+    found = adopted(run, "f")
     assert found is not None
     assert found.position.step == 6
     assert on_course(run) == [3, 2]
     entry = commits.read(run, 3)
     assert isinstance(entry, Manifest)
     assert (entry.key, len(entry.files), len(entry.slices)) == ("checkpoints/00000006-000001", 2, 4)
-    assert adopt(run, ["f"]) is None, "nothing is newer"
+    assert adopted(run, "f") is None, "nothing is newer"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,7 @@ def test_what_an_attempt_left_complete_is_committed_the_newest_alone(run: Store)
 def test_what_is_no_progress_is_not_committed(run: Store, about: Manifest) -> None:
     started(run, 2, 4)
     put_part(run, about)
-    assert adopt(run, ["f", "g"]) is None
+    assert adopted(run, "f", "g") is None
     assert on_course(run) == [3, 2]
 
 
@@ -76,7 +89,7 @@ def test_a_newer_one_that_is_not_finite_or_torn_gives_way_to_one_before(run: Sto
     run.put(f"{manifest(6).key}/rank-0000.safetensors", b"torn")
     put_part(run, manifest(8))
     run.put(f"{manifest(8).key}/rank-0000.json", b"{torn")
-    found = adopt(run, ["f"])
+    found = adopted(run, "f")
     assert found is not None
     assert found.position.step == 2
 
@@ -85,11 +98,11 @@ def test_nothing_that_a_rewind_has_left_behind_is_committed(run: Store) -> None:
     started(run, 2, 4)
     log(run, claim(1, resumed=2, rewound=True))
     put_part(run, manifest(6, claim=1))
-    assert adopt(run, ["f"]) is None
+    assert adopted(run, "f") is None
     log(run, claim(2, resumed=2))
-    assert adopt(run, ["f"]) is None, "a start after it does not bring it back"
+    assert adopted(run, "f") is None, "a start after it does not bring it back"
     put_part(run, manifest(6, claim=4))
-    found = adopt(run, ["f"])
+    found = adopted(run, "f")
     assert found is not None
     assert found.claim == 4
 
@@ -98,7 +111,7 @@ def test_what_a_resumed_attempt_left_is_committed_though_a_later_one_has_begun(r
     started(run, 2)
     log(run, claim(2, resumed=2, step=2))
     put_part(run, manifest(4, claim=1))
-    assert adopt(run, ["f"]) is not None
+    assert adopted(run, "f") is not None
     assert on_course(run) == [4, 2]
 
 
@@ -110,7 +123,7 @@ def test_somebody_who_begins_in_this_moment_goes_first(tmp_path: Path) -> None:
     plain, run = Troubled(tmp_path), Troubled(tmp_path, overtake)
     log(plain, claim(1))
     put_part(plain, manifest(4))
-    assert adopt(run, ["f"]) is None
+    assert adopted(run, "f") is None
     assert on_course(plain) == []
 
 
@@ -134,7 +147,7 @@ def test_what_waits_on_the_disk_is_uploaded_its_description_last(tmp_path: Path,
     ]  # fmt: skip
     assert spool.keys() == []
     assert run.get("metrics/000001-00000000.jsonl") == b"{}\n"
-    assert adopt(run, ["f"]) is not None
+    assert adopted(run, "f") is not None
 
 
 def test_parts_that_are_not_newer_than_the_newest_checkpoint_are_dropped(run: Store, spool: Spool) -> None:
@@ -240,6 +253,55 @@ def test_a_checkpoint_that_comes_in_meanwhile_is_gone_on_from(tmp_path: Path, sp
     begun = begin(Troubled(tmp_path / "run", overtake), ["f"], 2, ALONE, spool)
     assert begun.manifest is not None
     assert (begun.manifest.position.step, begun.claim.resumed, begun.claim.number) == (6, 4, 5)
+
+
+class Sleeper(FileStore):
+    """Before its request number `moment`, somebody else does something."""
+
+    def __init__(self, root: Path, moment: int, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.left, self.meanwhile = moment, meanwhile
+
+    def _turn(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.meanwhile()
+
+    def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
+        self._turn()
+        return iter([*super().list(prefix, after)])
+
+    def get(self, key: str) -> bytes:
+        self._turn()
+        return super().get(key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self._turn()
+        return super().put_if_absent(key, data)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_attempt_that_falls_asleep_while_it_begins_takes_nothing_from_one_that_began_meanwhile(
+    complete: bool, tmp_path: Path
+) -> None:
+    """Wherever it sleeps: before it reads the log, behind, or on the way to its own entry."""
+    plain = a_run(tmp_path)
+    started(plain, 2)
+    if complete:
+        put_part(plain, manifest(4))
+    refused, spool = 0, Spool(f"{tmp_path}/none", plain)
+    for moment in range(1, 40):
+        root = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "run", root)
+        awake = FileStore(root)
+        sleeper = Sleeper(root, moment, partial(begin, awake, ["f"], 3, ALONE, spool))
+        try:
+            begin(sleeper, ["f"], 2, ALONE, spool)
+        except SupersededError:
+            refused += 1
+        attempts = [c.attempt for c in commits.claims(awake)]
+        assert attempts == sorted(attempts), f"request {moment}: attempt 2 took the run from attempt 3"
+    assert refused >= 5
 
 
 def all_begin(folder: str, attempts: list[int]) -> list[Any]:

@@ -106,6 +106,8 @@ class Simulation:
             self.report.wrong += check.differences(self.plan, self.root, self.name, self.trained(), reference)
             self.report.wrong += check.breaches(self.run, self.plan, self._flips)
         self.report.seconds = time.monotonic() - began
+        if self.report.wrong:
+            check.keep(self.run, self.place.folder / self.name / "store")
         return self.report
 
     def attempt(self, attempt: Try) -> bool:
@@ -238,7 +240,7 @@ def main(arguments: list[str]) -> int:
                 print(f"{reports[-1].plan}\nagain: python -m tests.system.soak --runs 1 --seed {seed}", flush=True)
     print(f"\n{table(reports)}")
     if any(report.wrong for report in reports):
-        print(f"what the ranks wrote: {folder}")
+        print(f"what the ranks and stores hold: {folder}")
         return 1
     shutil.rmtree(folder)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,10 @@ def lost(claims: list[Claim], reached: dict[int, int]) -> int:
             total += max(before - claim.step, 0)
             before = max(reached[number], claim.step)
     return total
+
+
+def keep(run: Store, folder: Path) -> None:
+    """A copy of all that the run's store holds, for whoever looks into a mismatch."""
+    for entry in run.list():
+        (folder / entry.key).parent.mkdir(parents=True, exist_ok=True)
+        run.get_file(entry.key, folder / entry.key)
