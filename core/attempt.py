@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from core.comm import Comm, Wishes
@@ -129,7 +130,8 @@ class Attempt:
         return max(self.recipe.launch.grace_s - (time.monotonic() - self._asked), 0.0)
 
     def close(self) -> None:
-        self.wishes.close()
+        with suppress(RuntimeError):  # another rank may have ended
+            self.wishes.close()
         self.watchdog.close()
         if self.comm.rank == 0:
             self.log.flush()

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core import manifest as manifests
 from core.manifest import CheckpointError, Manifest, Window
-from core.storage import MissingObject, Store, crc32c
+from core.storage import MissingObject, Store, StoreError, crc32c
 
 FOLDER = "commits"
 SCHEMA = 2
@@ -125,6 +126,13 @@ def claims(run: Store, after: int = 0) -> list[Claim]:
         if isinstance(entry, Claim):
             found.append(entry)
     return found
+
+
+def overtaken(run: Store, attempt: int) -> bool:
+    """Whether a newer attempt has started; False where that cannot be told."""
+    with suppress(StoreError):
+        return any(claim.attempt > attempt for claim in claims(run))
+    return False
 
 
 def commit(run: Store, manifest: Manifest, after: int) -> int:

@@ -21,6 +21,7 @@ from core.manifest import Manifest
 from core.storage import Store
 
 FOLDER = "metrics"
+LIVE = ".live"  # ends the key of a segment that is still written: a late put of a part must not replace the whole
 Keep = Callable[[str, Callable[[], object]], None]
 
 
@@ -57,6 +58,7 @@ class MetricsLog:
         what to do for it soon, beside training; a later call with the same name replaces an earlier one."""
         self._run, self._claim, self._keep = run, claim, keep
         self._flush_s, self._when = flush_s, time.monotonic()
+        self._before = ""  # the segment before this one, which has arrived by the time that this one ends
         self._begin(start)
         self._board = Board(run) if tensorboard else None
 
@@ -69,8 +71,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         if self._lines:
-            put = partial(self._run.put, self._key, self._content())
-            self._keep(self._key, put)
+            live = self._key + LIVE
+            self._keep(live, partial(self._run.put, live, self._content()))
         if self._board is not None:
             self._keep("tensorboard", self._board.flush)
         self._when = time.monotonic()
@@ -78,6 +80,9 @@ class MetricsLog:
     def cut(self, step: int) -> tuple[str, bytes]:
         """End the segment at a checkpoint's step; its key and whole content. The next one begins there."""
         segment = self._key, self._content()
+        if self._before:
+            self._keep(f"no {self._before}", partial(self._run.delete, self._before + LIVE))
+        self._before = self._key
         self._begin(step)
         return segment
 
@@ -137,8 +142,10 @@ def read_metrics(run: Store) -> list[dict[str, Any]]:
     claim = head.number if isinstance(head, Claim) else head.claim if head else 0
     base = head if isinstance(head, Manifest) else next(commits.checkpoints(run), None)
     names, start = (base.metrics, base.position.step) if base else ([], 0)
-    behind = [e.key for e in run.list(f"{FOLDER}/{claim:06d}-") if e.key >= segment_key(claim, start)]
-    keys = [*names, *(key for key in behind if key not in names)]
+    found = {e.key for e in run.list(f"{FOLDER}/{claim:06d}-") if e.key >= segment_key(claim, start)}
+    behind = sorted(key for key in found if key.removesuffix(LIVE) not in names
+                    and not (key.endswith(LIVE) and key.removesuffix(LIVE) in found))  # fmt: skip
+    keys = [*names, *behind]
     return [json.loads(line) for key in keys for line in run.get(key).decode().splitlines()]
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+from core import commits
 from core.attempt import Attempt
 from core.attempt import Outcome as Outcome
 from core.checkpoint import Reader, newest
@@ -38,14 +39,16 @@ def train(
         try:
             with closing(Attempt(recipe, run, attempt, comm, on_progress, should_stop, skip)) as own:
                 return _train_stages(own, root)
-        except SupersededError:
-            return Outcome.SUPERSEDED
         except BadLossError as error:
             if len(own.claim.skipped) >= recipe.train.rewinds:
                 raise
             skip = error.window
             if comm.rank == 0:
                 print(f"warning: {error}; rewinding, steps {skip[0]} to {skip[1]} are left out", flush=True)
+        except RuntimeError as error:  # a newer attempt may have moved or removed what this one was about to use
+            if isinstance(error, SupersededError) or commits.overtaken(run, attempt):
+                return Outcome.SUPERSEDED
+            raise
 
 
 def _train_stages(own: Attempt, root: str) -> Outcome:

@@ -11,7 +11,7 @@ import torch
 
 from core import commits
 from core.comm import Comm
-from core.metrics import Meter, MetricsLog, Pace, last_step, read_metrics, segment_key
+from core.metrics import LIVE, Meter, MetricsLog, Pace, last_step, read_metrics, segment_key
 from core.storage import Store, open_store
 from tests.core.logs import claim, log, manifest
 from tests.host_syncs import HostSyncs
@@ -139,7 +139,7 @@ def test_rows_of_one_attempt_come_back_as_they_were_written(run: Store) -> None:
     start(run, 1)
     segment(run, 1, 0, rows)
     assert read_metrics(run) == rows
-    assert [e.key for e in run.list("metrics/")] == ["metrics/000001-00000000.jsonl"]
+    assert [e.key for e in run.list("metrics/")] == ["metrics/000001-00000000.jsonl.live"]
 
 
 def test_a_run_without_metrics_has_no_rows(run: Store) -> None:
@@ -175,7 +175,7 @@ def test_writing_and_flushing_leave_the_store_to_somebody_else(run: Store) -> No
     for step in range(1, 4):
         log.write({"step": step})
     assert list(run.list("metrics/")) == []
-    assert list(kept) == ["metrics/000001-00000000.jsonl"], "one name, so that a later content replaces an earlier one"
+    assert list(kept) == ["metrics/000001-00000000.jsonl.live"], "one name, so that a later content replaces an earlier one"
     kept.popitem()[1]()
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
 
@@ -189,9 +189,25 @@ def test_a_segment_ends_with_all_its_rows_where_a_checkpoint_is_taken(run: Store
     log.flush()
     log.write({"step": 7})
     log.flush()
-    assert [e.key for e in run.list("metrics/")] == [segment_key(3, 4), segment_key(3, 6)]
-    assert run.get(segment_key(3, 6)) == b'{"step": 7}\n'
-    assert run.get(segment_key(3, 4)) == b'{"step": 5}\n', "its whole content goes with the checkpoint"
+    assert [e.key for e in run.list("metrics/")] == [segment_key(3, 4) + LIVE, segment_key(3, 6) + LIVE]
+    assert run.get(segment_key(3, 6) + LIVE) == b'{"step": 7}\n'
+    assert run.get(segment_key(3, 4) + LIVE) == b'{"step": 5}\n', "its whole content goes with the checkpoint"
+    log.cut(8)
+    assert [e.key for e in run.list("metrics/")] == [segment_key(3, 6) + LIVE], "the one before has arrived by now"
+
+
+def test_a_part_of_a_segment_that_is_put_late_replaces_nothing(run: Store) -> None:
+    """An attempt that slept with the request on its lips, while a newer one brought in the whole."""
+    start(run, 1)
+    late: dict[str, Callable[[], object]] = {}
+    log = MetricsLog(run, 1, 0, late.__setitem__)
+    log.write({"step": 1})
+    log.flush()
+    log.write({"step": 2})
+    run.put(*log.cut(2))
+    for put in late.values():
+        put()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
 
 
 def test_an_attempt_that_logged_nothing_leaves_no_segment(run: Store) -> None:
@@ -275,7 +291,7 @@ def test_values_that_are_not_finite_stay_valid_json(run: Store, value) -> None:
         raise ValueError(f"{name} is not JSON")
 
     segment(run, 1, 0, [{"step": 1, "loss": value, "lr": 0.5}])
-    [line] = run.get("metrics/000001-00000000.jsonl").decode().splitlines()
+    [line] = run.get("metrics/000001-00000000.jsonl.live").decode().splitlines()
     row = json.loads(line, parse_constant=refuse)
     assert row == {"step": 1, "loss": str(value), "lr": 0.5}
 

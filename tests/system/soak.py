@@ -87,6 +87,7 @@ class Simulation:
         self.plan, self.place, self.report = plan, place, Report(plan)
         self.name, self.root = f"soak-{plan.seed}", place.bucket if plan.s3 else f"file://{place.folder}/store"
         self.run: Store = open_store(f"{self.root}/runs/{self.name}")
+        self._notes = place.folder / self.name  # what the ranks write down
         self._crews: list[Crew] = []
         self._reached: dict[int, int] = {}  # step of the run, by attempts when they were interrupted
         self._flips: list[check.Flip] = []
@@ -107,7 +108,7 @@ class Simulation:
             self.report.wrong += check.breaches(self.run, self.plan, self._flips)
         self.report.seconds = time.monotonic() - began
         if self.report.wrong:
-            check.keep(self.run, self.place.folder / self.name / "store")
+            check.keep(self.run, self._notes / "store")
         return self.report
 
     def attempt(self, attempt: Try) -> bool:
@@ -117,18 +118,19 @@ class Simulation:
         self._crews.append(crew)
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is None:
-            ended = self._judge(crew, crew.attend())
+            ends = [(crew, crew.attend())]
         else:
             assert sleeper.attempt.end is not None
             due = time.monotonic() + sleeper.attempt.end.lasts_s
-            end = crew.attend(beside=lambda: time.monotonic() >= due and sleeper.wake())
+            end = crew.attend(beside=lambda: sleeper.wake(due))
             sleeper.wake()
-            ended = self._judge(sleeper, sleeper.attend())
-            ended = self._judge(crew, end) or ended
+            ends = [(sleeper, sleeper.attend()), (crew, end)]
         self.place.proxy.faults = []
+        ended = sum(self._judge(*each) for each in ends) > 0
         if crew.asleep and ended:
             crew.wake()
-            self._judge(crew, crew.attend())
+            end, self.place.proxy.faults = crew.attend(), []
+            self._judge(crew, end)
         self._sleeper = crew if crew.asleep else None
         return ended
 
@@ -174,10 +176,9 @@ class Simulation:
             launch.grace_s=20 checkpoint.patience_s=30 checkpoint.keep={plan.keep} log.flush_s={plan.flush_s}
             checkpoint.spool={folder}/node-{attempt.node}"""
         recipe = recipe_of("toy", attempt.zero, plan.steps, *settings.split())
-        notes = folder / self.name
-        notes.mkdir(exist_ok=True)
+        self._notes.mkdir(exist_ok=True)
         kill = (end.rank, end.step) if end is not None and end.kind is Kind.KILL_AT_STEP else None
-        return Orders(recipe, self.root, self.name, len(self._crews) + 1, notes, kill)
+        return Orders(recipe, self.root, self.name, len(self._crews) + 1, self._notes, kill)
 
 
 @contextmanager
@@ -233,9 +234,7 @@ def main(arguments: list[str]) -> int:
             if len(reports) >= options.runs and sum(r.interruptions for r in reports) >= options.interruptions:
                 break
             reports.append(Simulation(draw(seed), there).play())
-            print(reports[-1], flush=True)
-            for wrong in reports[-1].wrong:
-                print(f"  {wrong}", flush=True)
+            print("\n  ".join([str(reports[-1]), *reports[-1].wrong]), flush=True)
             if reports[-1].wrong:
                 print(f"{reports[-1].plan}\nagain: python -m tests.system.soak --runs 1 --seed {seed}", flush=True)
     print(f"\n{table(reports)}")

@@ -26,7 +26,6 @@ HASTE = 0.1  # of the pauses that the S3 client makes before it asks again
 KILLED, ASLEEP, STORE, FAILED, HUNG = "KILLED", "ASLEEP", "STORE", "FAILED", "HUNG"
 HITS = {Kind.BUSY: refusal(503, "SlowDown"), Kind.TOO_MANY: refusal(429, "TooManyRequests"),
         Kind.NO_REQUEST: lose_request, Kind.NO_ANSWER: lose_answer, Kind.CUT_BODY: cut_body}  # fmt: skip
-Trained = dict[tuple[int, int], list[Any]]  # (step of the run, micro-batch) -> samples, checksum of images
 
 # ---- in a rank
 
@@ -85,7 +84,7 @@ def _train(orders: Orders, rank: int) -> str:
             seen.write(json.dumps([*place, micro.index.tolist(), images]).encode() + b"\n")
             return found
 
-        Stage.batch = watched  # type: ignore[method-assign]
+        Stage.batch = watched  # type: ignore[method-assign,assignment]
         store = open_store(f"{orders.root}/runs/{orders.name}")
         return train(orders.recipe, store, orders.root, orders.number, lambda row: None, should_stop).name
 
@@ -143,13 +142,13 @@ class Crew:
             time.sleep(0.004)
         return ASLEEP if self.asleep else self._outcome()
 
-    def wake(self) -> None:
-        """Let rank 0 go on where it was stopped."""
-        if self.asleep:
+    def wake(self, due: float = 0.0) -> None:
+        """Let rank 0 go on where it was stopped, unless it is too early."""
+        if self.asleep and time.monotonic() >= due:
             self.asleep, self._limit = False, time.monotonic() + LIMIT_S
             self._signal(0, "SIGCONT")
 
-    def trained(self) -> list[tuple[int, int, list[int], int]]:
+    def trained(self) -> list[list[Any]]:
         """All micro-batches so far: step of the run, number, samples, checksum of images."""
         found = []
         for rank in range(self.attempt.world):
