@@ -175,7 +175,7 @@ def test_writing_and_flushing_leave_the_store_to_somebody_else(run: Store) -> No
     for step in range(1, 4):
         log.write({"step": step})
     assert list(run.list("metrics/")) == []
-    assert list(kept) == ["metrics/000001-00000000.jsonl.live"], "one name, so that a later content replaces an earlier one"
+    assert list(kept) == ["metrics/000001-00000000.jsonl.live"], "one name: a later content replaces an earlier one"
     kept.popitem()[1]()
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
 

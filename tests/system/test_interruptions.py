@@ -314,13 +314,12 @@ def hanging(attempt: Attempt) -> Any:
 
 
 def test_a_rank_that_makes_no_steps_is_found_and_all_say_where_they_stand(root: str, tmp_path: Path) -> None:
-    recipe = toy(tmp_path, "launch.hang_s=4")
-    ranks = Ranks(hanging, 2, Attempt(recipe, root, "hangs"))
+    ranks = Ranks(hanging, 2, Attempt(toy(tmp_path, "launch.hang_s=8"), root, "hangs"))
     for process in ranks.processes:
-        process.join(90)
+        process.join(120)
     assert [process.exitcode for process in ranks.processes] == [HUNG, HUNG]
     store = open_store(f"{root}/runs/hangs")
     traces = {e.key: store.get(e.key).decode() for e in store.list("hangs/")}
     assert sorted(traces) == [f"hangs/attempt-0001-rank-000{rank}.txt" for rank in range(2)]
     assert "in stuck" in traces["hangs/attempt-0001-rank-0001.txt"]
-    goes_on_as_if_nothing_had_been(root, "hangs", recipe)
+    goes_on_as_if_nothing_had_been(root, "hangs", toy(tmp_path))
