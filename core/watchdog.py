@@ -15,6 +15,7 @@ from core.storage import Store, StoreError
 HUNG = 70  # exit code of a rank that has found itself hanging
 START = 3  # the first step may take so many times as long: weights are read, kernels are built
 STDERR = 2  # the descriptor, whatever stands in for sys.stderr
+LINGER_S = 3.0  # before the end, which breaks the others' connections: they are to say where they stand as well
 LAST_WORDS_S = 20.0  # for the store to take the traces
 
 
@@ -71,6 +72,7 @@ class Watchdog:
         telling = threading.Thread(target=self._tell, daemon=True)
         telling.start()
         telling.join(LAST_WORDS_S)
+        time.sleep(LINGER_S)
         os._exit(HUNG)
 
     def _tell(self) -> None:
