@@ -10,7 +10,7 @@ from typing import Any
 
 from core.comm import Comm, Wishes
 from core.config import Recipe, fingerprint
-from core.courier import Courier, Fate
+from core.courier import Courier, Delivery, Fate
 from core.manifest import Manifest, Position, Window
 from core.metrics import MetricsLog
 from core.retention import Policy
@@ -58,6 +58,7 @@ class Attempt:
         self.wishes = Wishes(comm)
         self.watchdog = Watchdog(recipe.launch.hang_s, f"attempt-{number:04d}-rank-{comm.rank:04d}", run)
         self.on_progress, self.should_stop = on_progress, should_stop
+        self.newest: Delivery | None = None  # checkpoint of this rank
         self._busy = False  # ranks agree that too many checkpoints are on their way
         self._asked: float | None = None  # when this rank first heard of a wish
 
@@ -115,6 +116,7 @@ class Attempt:
     def settle(self, limit_s: float) -> Fate:
         """What has become of the newest checkpoint after at most `limit_s`: the same answer on all ranks."""
         self.watchdog.rest()
+        assert self.newest is not None
         limit = time.monotonic() + limit_s
         while self.newest.fate is Fate.PENDING and not self.courier.superseded and time.monotonic() < limit:
             self.courier.check()

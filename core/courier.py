@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,8 +101,8 @@ class Courier:
         snapshot.take(found)
         delivery = Delivery(manifest, snapshot, rows)
         self._sent.append(delivery)
-        self._disk.submit(lambda: self._guarded(lambda: self._write(delivery)))
-        self._net.submit(lambda: self._guarded(lambda: self._deliver(delivery)))
+        self._disk.submit(partial(self._write, delivery))
+        self._net.submit(partial(self._guarded, partial(self._deliver, delivery)))
         return delivery
 
     def keep(self, name: str, put: Callable[[], object]) -> None:
@@ -155,7 +156,6 @@ class Courier:
                 delivery.files = [(key, bytes(data)) for key, data in wanted]
         except Exception as error:
             self._broken = error
-            raise
         finally:
             delivery.written.set()
 
@@ -166,7 +166,7 @@ class Courier:
         if self._broken is not None:
             raise Closed
         for key, source in delivery.files:
-            self._patiently(lambda key=key, source=source: _put(self.run, key, source))  # type: ignore[misc]
+            self._patiently(partial(_put, self.run, key, source))
         fate = self._commit(delivery.manifest) if self.rank == 0 else Fate.COMMITTED
         for key, source in delivery.files:
             if isinstance(source, Path):

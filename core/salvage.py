@@ -60,6 +60,7 @@ def begin(
 
 def upload(run: Store, spool: Spool) -> None:
     """What earlier attempts left on this node's disk: parts that are newer than every checkpoint, rows of metrics."""
+    spool.tidy()
     waiting = spool.keys()
     above = border(run) if waiting else (0, 0)
     for key in waiting:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Union
 
 from core.storage import TEMP, Store
 
+LONGEST_WRITE_S = 3600.0
 Bytes = Union[bytes, "memoryview[int]"]  # noqa: UP007 (not a type at run time in Python 3.11)
 
 
@@ -44,11 +46,20 @@ class Spool:
 
     def keys(self) -> list[str]:
         """What waits to be uploaded, a part's description behind the part."""
+        found = [path for path in self._files() if not path.name.startswith(TEMP)]
+        return [str(p.relative_to(self.folder)) for p in sorted(found, key=lambda p: (p.suffix == ".json", p))]
+
+    def tidy(self) -> None:
+        """Remove what a write that was killed has left, once it is too old to be going on."""
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                if path.name.startswith(TEMP) and time.time() - path.stat().st_mtime > LONGEST_WRITE_S:
+                    self.remove(str(path.relative_to(self.folder)))
+
+    def _files(self) -> list[Path]:
         if not self.folder.is_dir() or not self._is_ours():
             return []
-        found = [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names
-                 if not name.startswith(TEMP)]  # fmt: skip
-        return [str(p.relative_to(self.folder)) for p in sorted(found, key=lambda p: (p.suffix == ".json", p))]
+        return [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names]
 
     def _open(self, temp: Path) -> Path:
         for _ in range(100):

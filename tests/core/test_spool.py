@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_a_file_that_is_being_written_is_not_there_yet(spool: Spool) -> None:
     spool.write("a/whole", b"x")
     (spool.folder / "a" / f"{TEMP}123-part").write_bytes(b"torn")
     assert spool.keys() == ["a/whole"]
+
+
+def test_what_a_killed_write_has_left_goes_once_it_is_old(spool: Spool) -> None:
+    whole = spool.write("a/whole", b"x")
+    for name, age_s in (("1-new", 60), ("2-old", 4000)):
+        temp = whole.with_name(f"{TEMP}{name}")
+        temp.write_bytes(b"torn")
+        os.utime(temp, (time.time() - age_s,) * 2)
+    os.utime(whole, (0, 0))
+    spool.tidy()
+    assert sorted(os.listdir(whole.parent)) == [f"{TEMP}1-new", "whole"]
 
 
 def test_a_failed_write_leaves_the_file_before_and_no_rest(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def _step(store: str, run: str) -> int:
     return int(json.loads(beat.get("heartbeat.json")).get("step", 0)) if beat.size("heartbeat.json") else 0
 
 
+def _started(shell: Shell, store: str, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """A demo run that has its first checkpoint behind it, and its name."""
+    process = shell.start("submit", "demo", *options, "--store", store)
+    run = wait_for("the run's record", lambda: next(iter(Run.list(store)), ""))
+    wait_for("a step after the first checkpoint", lambda: _step(store, run) >= 12)
+    return process, run
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of the run that nobody interrupts."""
@@ -63,10 +72,7 @@ def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
     whole: dict[int, float], tmp_path: Path
 ) -> None:
     cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
-    once = ("--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
-    process = shell.start("submit", "demo", *once, "--store", cut)
-    run = wait_for("the run's record", lambda: next(iter(Run.list(cut)), ""))
-    wait_for("a step after the first checkpoint", lambda: _step(cut, run) >= 12)
+    process, run = _started(shell, cut, "--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
     os.kill(_processes(run)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
@@ -83,9 +89,7 @@ def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
 
 def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int, float], tmp_path: Path) -> None:
     cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
-    process = shell.start("submit", "demo", *SHORT, "--store", cut)
-    run = wait_for("the run's record", lambda: next(iter(Run.list(cut)), ""))
-    wait_for("a step after the first checkpoint", lambda: _step(cut, run) >= 12)
+    process, run = _started(shell, cut, *SHORT)
     os.kill(_processes(run)[-1], signal.SIGUSR2)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
