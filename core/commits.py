@@ -141,14 +141,25 @@ def commit(run: Store, manifest: Manifest, after: int) -> int:
     May be repeated after a StoreError, which leaves open whether the entry was made.  Raises SupersededError.
     """
     while not append(run, manifest, after + 1):
-        for number in [n for n in numbers(run) if n > after]:
-            entry = read(run, number)
-            if isinstance(entry, Claim):
-                raise SupersededError(f"{run.uri}: attempt {entry.attempt} has started on {entry.host}")
-            if entry.key == manifest.key:  # by an answer that got lost, or by a newcomer that found all parts
-                return number
-            after = number
+        after, there = read_on(run, manifest.key, after)
+        if there:  # by an answer that got lost, or by a newcomer that found all parts
+            return after
     return after + 1
+
+
+def read_on(run: Store, key: str, after: int) -> tuple[int, bool]:
+    """What has been appended behind entry `after`: the last number, or that of checkpoint `key` and True.
+
+    Raises SupersededError when an attempt has started.
+    """
+    for number in [n for n in numbers(run) if n > after]:
+        entry = read(run, number)
+        if isinstance(entry, Claim):
+            raise SupersededError(f"{run.uri}: attempt {entry.attempt} has started on {entry.host}")
+        after = number
+        if entry.key == key:
+            return after, True
+    return after, False
 
 
 def _sum(body: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from core import parts, retention
-from core.commits import SupersededError, commit
+from core.commits import SupersededError, commit, read_on
 from core.manifest import Manifest, part
 from core.retention import Policy
 from core.snapshot import Piece, Snapshot
@@ -180,6 +180,8 @@ class Courier:
         while whole is None:
             self._sleep(pause)
             pause = min(1.5 * pause, 1.0)
+            # A newer attempt may have committed these very parts, and may even have removed them since.
+            self._patiently(partial(read_on, self.run, manifest.key, self._after))
             whole = self._patiently(lambda: parts.collect(self.run, manifest.key))
         if isinstance(whole, str):
             _say(f"warning: no checkpoint at step {manifest.position.step}: {whole}")

@@ -306,6 +306,18 @@ def test_a_superseded_courier_says_so_and_commits_nothing(
 # ---- what a run can do without
 
 
+def test_who_waits_for_parts_that_a_newer_attempt_has_removed_learns_of_it(tmp_path: Path, make: Make) -> None:
+    run = FileStore(tmp_path / "run")
+    own = make(run)
+    sent = own.save(manifest(4, world=2), pieces(), None)
+    until(lambda: len(keys(run, "checkpoints/")) == 2)
+    log(run, claim(2))
+    for key in keys(run, "checkpoints/"):
+        run.delete(key)
+    until(lambda: own.superseded)
+    assert sent.fate is Fate.PENDING
+
+
 def test_of_several_puts_of_one_name_the_newest_happens(tmp_path: Path, make: Make) -> None:
     run = Gated(tmp_path / "run")
     own, happened = make(run), list[str]()
