@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SHORT_SIDE \
-	TAIL METHOD CHECKPOINT PYTHON
+	TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT PYTHON
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
@@ -47,9 +47,9 @@ recipes:  ## table of recipes
 teachers:  ## table of known weights: teachers and released students
 plan:  ## what a recipe costs: RECIPE= [GPU=h100 GPUS=8] [PROFILE=] [SET=]
 doctor:  ## check this machine [and a recipe's inputs: RECIPE=]
-submit:  ## start or resume a recipe: RECIPE= [SET="a.b=c ..."] [PROFILE=smoke] [DRY=1] [FRESH=1] [DETACH=1]
-status:  ## all runs [or one: RUN=]
-logs:  ## what the ranks of a run wrote: RUN= [TAIL=20]
+submit:  ## start or resume a recipe: RECIPE= [LAUNCHER=] [CLUSTER=] [SET="a.b=c ..."] [SWEEP="a.b=1,2"] [AFTER=eval,export] [PROFILE=smoke] [DRY=1] [FRESH=1] [DETACH=1]
+status:  ## all runs [or one: RUN=; or those of a sweep: SWEEP=]
+logs:  ## what the ranks of a run wrote: RUN= [RANK=0] [TAIL=20] [FOLLOW=1]
 cancel:  ## stop a run: RUN=
 resume:  ## go on from the newest checkpoint: RUN= [NPROC=4] [SET=] [RECIPE=] [LAUNCHER=] [FORCE=1]
 shards:  ## rewrite a data set into indexed shards: SRC= DST= [SHORT_SIDE=256]
@@ -57,5 +57,6 @@ eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
 export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
 report:  ## write a run's report: RUN=
 gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago]
-features image manifests:  ## not built yet
+manifests:  ## slurm/out/RECIPE.sbatch, to submit by hand: RECIPE= [CLUSTER=] [SET=]
+features image:  ## not built yet
 bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving

@@ -31,13 +31,17 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("launch.device: cuda was asked for and this machine shows no GPU; use launch.device=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local % torch.cuda.device_count())  # a scheduler may show a rank only its own GPU
     torch.cuda.set_device(device)
     return device
 
 
-def init_distributed(device: torch.device) -> None:
-    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, or adopt an existing one."""
+def init_distributed(device: torch.device, store: Any = None) -> None:
+    """Join the process group of RANK and WORLD_SIZE, or adopt an existing one.
+
+    store: torch's, where ranks have met already; else they meet at MASTER_ADDR, MASTER_PORT.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     import deepspeed.ops
@@ -45,7 +49,11 @@ def init_distributed(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":  # the shared-memory op would need a compiler; gloo does not use it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if store is not None:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def shutdown() -> None:

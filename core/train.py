@@ -110,7 +110,9 @@ def _train_stage(own: Attempt, stage: Stage, start: int) -> tuple[Outcome, int]:
             return (Outcome.SUPERSEDED if fate is Fate.SUPERSEDED else ending), total
     fate = own.settle(recipe.checkpoint.patience_s)
     if fate is Fate.REFUSED:
-        losses.stop("the state at the end of its stage cannot be a checkpoint: weights or statistics are not finite, "
-                    "or the warning above says what else")
+        losses.stop(
+            "the state at the end of its stage cannot be a checkpoint: weights or statistics are not finite, "
+            "or the warning above says what else"
+        )
     outcomes = {Fate.COMMITTED: Outcome.FINISHED, Fate.SUPERSEDED: Outcome.SUPERSEDED}
     return outcomes.get(fate, Outcome.OUTAGE), last

@@ -29,18 +29,20 @@ class Verb:
 
 
 RECIPE, RUN = ("recipe",), ("run",)
-RESOLVE = ("set", "profile", "store")
-LAUNCH = ("launcher", "dirty", "detach")
+RESOLVE = ("set", "profile", "store", "cluster")
+LAUNCH = ("launcher", "dirty", "detach", "after")
 VERBS = {
     "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh", "set")),
     "recipes": Verb("recipes.recipes", "table of the recipes that come with Retort", (), ("json",)),
     "teachers": Verb("teachers.teachers", "table of the weights that Retort knows by name", (), ("json",)),
     "plan": Verb("recipes.plan", "what a recipe costs and what it lacks", RECIPE, (*RESOLVE, "gpu", "gpus", "json")),
     "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, RESOLVE),
-    "submit": Verb("submit.submit", "start a recipe, or resume it", RECIPE, (*RESOLVE, *LAUNCH, "dry", "fresh")),
-    "status": Verb("runs.status", "all runs, or one", RUN, ("store", "json")),
-    "logs": Verb("runs.logs", "what the ranks of a run wrote", RUN, ("store", "tail")),
-    "cancel": Verb("runs.cancel", "stop a run", RUN, ("store",)),
+    "submit": Verb(
+        "submit.submit", "start a recipe, or resume it", RECIPE, (*RESOLVE, *LAUNCH, "sweep", "dry", "fresh")
+    ),
+    "status": Verb("runs.status", "all runs, or one", RUN, ("store", "cluster", "sweep", "json")),
+    "logs": Verb("logs.logs", "what the ranks of a run wrote", RUN, ("store", "cluster", "tail", "rank", "follow")),
+    "cancel": Verb("runs.cancel", "stop a run", RUN, ("store", "cluster")),
     "resume": Verb(
         "resume.resume", "go on from the newest checkpoint", RUN, ("recipe", *RESOLVE, *LAUNCH, "nproc", "force")
     ),
@@ -51,7 +53,7 @@ VERBS = {
     "report": Verb("results.report", "write a run's report", RUN, ("store",)),
     "gc": Verb("gc.gc", "remove what no run refers to", (), ("store", "dry", "days")),
     "image": Verb("later.image", "build the container image"),
-    "manifests": Verb("later.manifests", "render sbatch and RayJob files", RECIPE, RESOLVE),
+    "manifests": Verb("manifests.manifests", "render the sbatch file of a recipe", RECIPE, (*RESOLVE, "launcher")),
     "bench": Verb("local.bench", "measure throughput and overheads", RECIPE, RESOLVE),
 }
 OPTIONS = {
@@ -73,6 +75,11 @@ OPTIONS = {
     "force": ("also when that changes what is trained", "store_true"),
     "days": ("also runs that ended so many days ago and that no other run refers to", int),
     "short_side": ("resize to this short side in pixels", int),
+    "cluster": ("a file of jobs/clusters, by name or path (else RETORT_CLUSTER)", None),
+    "sweep": ("submit: a.b=1,2 c.d=3,4: a run for each combination; status: a sweep's name", None),
+    "after": ("eval, export, report: what to do when the run has succeeded", None),
+    "rank": ("logs of this rank only", None),
+    "follow": ("go on as the logs grow", "store_true"),
     "tail": ("last lines of each log only", int),
 }
 
@@ -96,8 +103,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_option(sub: argparse.ArgumentParser, name: str) -> None:
     text, kind = OPTIONS[name]
     flag = f"--{name.replace('_', '-')}"
+    short = [f"-{name[0]}"] if name == "follow" else []
     if isinstance(kind, str):
-        sub.add_argument(flag, dest=name, action=kind, help=text)
+        sub.add_argument(flag, *short, dest=name, action=kind, help=text)
     else:
         sub.add_argument(flag, dest=name, type=kind or str, help=text, metavar=name.upper())
 

@@ -54,7 +54,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield packages()
     yield compute()
     yield disk("disk", Path.cwd(), DISK_GB, "free some, or work in another folder")
-    yield disk("shared memory", Path("/dev/shm"), SHM_GB, "containers: --shm-size=8g; or SET=\"loader.workers=0\"")
+    yield disk("shared memory", Path("/dev/shm"), SHM_GB, 'containers: --shm-size=8g; or SET="loader.workers=0"')
     yield store(root)
     yield trial("collectives", "run `python -m jobs.collective cpu` by hand to see more", lambda: collective(recipe))
     if recipe:

@@ -70,7 +70,7 @@ def conclude(run: Run, view: View) -> int:
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:
     """Nobody works on the run any more. One whose supervisor lives may be about to be queued again."""
     if view.last.state in (State.PREEMPTED, State.FAILED):
-        return not launcher.alive(run.handle(view.last))
+        return not launcher.look(run.handle(view.last)).alive
     return view.last.state in ENDED or bool(view.lost)
 
 

@@ -51,7 +51,7 @@ def missing(recipe: Recipe, root: str, gpus: int) -> list[Missing]:
         weights = list(pool.map(lambda w: _weights(w, root, made), weights_fields(recipe)))
         data = list(pool.map(lambda d: _data(d, root, made), data_fields(recipe)))
         store = pool.submit(check_store, root)
-        found = [*_packages(), *_gpu(recipe, gpus), store.result(), *data, *weights]
+        found = [*packages(), *_gpu(recipe, gpus), store.result(), *data, *weights]
     return [lack for lack in found if lack]
 
 
@@ -179,7 +179,7 @@ def check_store(root: str) -> Missing | None:
     return None if good else Missing(why, "use another server")
 
 
-def _packages() -> list[Missing]:
+def packages() -> list[Missing]:
     lacks = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return [Missing(f"Python packages: {', '.join(lacks)}", "make setup")] if lacks else []
 

@@ -18,6 +18,7 @@ class Placement:
     ranks: int
     device: str  # cpu | cuda
     threads: int  # intra-op, per rank
+    nodes: int = 1  # with equally many ranks each
 
 
 def gpu_count() -> int:
@@ -35,14 +36,28 @@ def allowed_ranks(recipe: Recipe) -> list[int]:
 
 def place(recipe: Recipe, gpus: int) -> Placement:
     """Ranks on this machine.  Raises UserError when the wanted number cannot share the global batch."""
-    launch, allowed = recipe.launch, allowed_ranks(recipe)
-    device = ("cuda" if gpus else "cpu") if launch.device == "auto" else launch.device
-    wanted = launch.ranks or (max(gpus, 1) if device == "cuda" else 2)
-    if launch.ranks and launch.ranks not in allowed:
-        raise UserError(
-            f"launch.ranks: {launch.ranks} ranks cannot share the micro-batches of a global batch evenly; "
-            f"allowed: {', '.join(map(str, allowed))} (or change train.batch, train.micro_batch)"
-        )
-    ranks = max(n for n in allowed if n <= wanted)
+    launch, device = recipe.launch, device_of(recipe, gpus)
+    ranks = _ranks(recipe, allowed_ranks(recipe), launch.ranks or (max(gpus, 1) if device == "cuda" else 2))
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     return Placement(ranks, device, threads)
+
+
+def spread(recipe: Recipe, per_node: int, gpus: int, cpus: int) -> Placement:
+    """Ranks on nodes of `per_node` each, all of them full; one node unless the recipe asks for more.  gpus: per node,
+    cpus: per rank.  Raises UserError."""
+    fitting = [n for n in allowed_ranks(recipe) if n <= per_node or n % per_node == 0]
+    ranks = _ranks(recipe, fitting, recipe.launch.ranks or per_node, f" on nodes of {per_node}")
+    return Placement(ranks, device_of(recipe, gpus), recipe.launch.threads or cpus, -(-ranks // per_node))
+
+
+def device_of(recipe: Recipe, gpus: int) -> str:
+    return ("cuda" if gpus else "cpu") if recipe.launch.device == "auto" else recipe.launch.device
+
+
+def _ranks(recipe: Recipe, allowed: list[int], wanted: int, where: str = "") -> int:
+    if recipe.launch.ranks and recipe.launch.ranks not in allowed:
+        raise UserError(
+            f"launch.ranks: {recipe.launch.ranks} ranks{where} cannot share the micro-batches of a global batch "
+            f"evenly; allowed: {', '.join(map(str, allowed))} (or change train.batch, train.micro_batch)"
+        )
+    return max(n for n in allowed if n <= wanted)

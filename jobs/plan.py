@@ -19,8 +19,8 @@ ACTIVATION_BYTES = 34  # per token, channel and block, with fused attention, in 
 MIB, GB, HOUR = 2**20, 1e9, 3600.0
 
 
-def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0) -> dict[str, Any]:
-    """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8).  Raises ConfigError."""
+def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0, price: float = 0.0) -> dict[str, Any]:
+    """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8) at `price` an hour.  Raises ConfigError."""
     if gpus < 0:
         raise ConfigError(f"GPUS: must not be negative, got {gpus}")
     if gpu not in GPUS:
@@ -38,7 +38,7 @@ def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0) -> dict[st
     return {
         "recipe": recipe.name, "gpu": gpu, "gpus": count, "mfu": MFU, "samples": samples, "samples_known": known,
         "student": recipe.student.name, "teachers": {k: t.name for k, t in sorted(recipe.teachers.items())},
-        "stages": stages, "gpu_hours": sum(s["gpu_hours"] for s in stages),
+        "stages": stages, "gpu_hours": (hours := sum(s["gpu_hours"] for s in stages)), "price": hours * price or None,
         "missing": [f"{m.what}\n    -> {m.how}" for m in inputs.missing(recipe, root, gpu_count())],
     }  # fmt: skip
 
@@ -102,7 +102,8 @@ def render(facts: dict[str, Any]) -> str:
         "memory per GPU in GB (activations estimated), by ZeRO stage, and checkpoints",
         _memories(facts["stages"]),
         "",
-        f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours",
+        f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours"
+        + (f", price {facts['price']:,.2f}" if facts["price"] else ""),
         "",
         *missing,
     ]

@@ -15,11 +15,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from core.storage import MissingObject, Store, open_store
-from jobs import process
 from jobs.errors import JobError, UserError, nearest
 
 if TYPE_CHECKING:
     from core.config import Recipe
+    from jobs.launchers import Look
 
 HEARTBEAT_LIMIT_S = 60.0
 
@@ -189,10 +189,17 @@ class Run:
             last = self._transition(_key(last.number - 1))
         return last.info
 
-    def _lost(self, last: Transition, heartbeat: dict[str, Any]) -> str:
+    def look(self, last: Transition) -> Look:
+        """What the launcher of the newest attempt sees of it from this machine."""
+        from jobs import launchers
+
         handle = self.handle(last)
-        if process.alive(handle) is False:
-            return f"its process {handle['pid']} on this machine is gone"
+        return launchers.find(handle.get("launcher", "local")).look(handle)
+
+    def _lost(self, last: Transition, heartbeat: dict[str, Any]) -> str:
+        look = self.look(last)
+        if look.alive is not None:
+            return "" if look.alive else look.text
         seen = float(heartbeat["time"]) if heartbeat.get("attempt") == last.attempt else last.time
         silent_s = time.time() - max(seen, last.time)
         if last.state == State.RUNNING and silent_s > HEARTBEAT_LIMIT_S:

@@ -14,6 +14,7 @@ from jobs.errors import UserError
 
 if TYPE_CHECKING:
     from core.config import Recipe
+    from jobs.cluster import Cluster
 
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -44,6 +45,11 @@ class Settings:
     dst: str = ""
     short_side: int = 0
     tail: int = 0
+    cluster: str = ""
+    sweep: str = ""
+    after: str = ""
+    rank: str = ""
+    follow: bool = False
 
     def need(self, name: str) -> str:
         """A value that this command cannot do without.  Raises UserError."""
@@ -62,11 +68,20 @@ class Settings:
 
         return complete(recipe)
 
+    def site(self) -> Cluster:
+        """The settings of CLUSTER, else of RETORT_CLUSTER.  Raises ConfigError."""
+        from jobs.cluster import load
+
+        return load(self.cluster or os.environ.get("RETORT_CLUSTER", ""))
+
     def root(self, recipe: Recipe | None = None) -> str:
-        """URI of the store: SET, then --store, the recipe, RETORT_STORE, and a folder under the current one."""
+        """URI of the store: SET, then --store, the recipe, the cluster file, RETORT_STORE, a folder under this one."""
         by_set = any(item.startswith("store=") for item in self.set)
         own = recipe.store if recipe else ""
-        chosen = (own if by_set else "") or self.store or own or os.environ.get("RETORT_STORE", "")
+        chosen = (own if by_set else "") or self.store or own
+        if not chosen and (self.cluster or os.environ.get("RETORT_CLUSTER")):
+            chosen = self.site().store
+        chosen = chosen or os.environ.get("RETORT_STORE", "")
         return check_uri(chosen or f"file://{Path.cwd() / '.retort' / 'store'}", "store")
 
 

@@ -13,12 +13,19 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from contextlib import nullcontext, suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jobs.errors import BUG, NOT_READY, OK, PREEMPTED, describe, exit_code
+from jobs import ranks_env
+from jobs.errors import BUG, NOT_READY, OK, PREEMPTED, describe, exit_code, redact
+
+if TYPE_CHECKING:
+    from jobs.logkeeper import LogKeeper
 
 PR_SET_PDEATHSIG = 1
+FAULTS = {"DistError", "DistBackendError", "DistNetworkError", "AcceleratorError", "OutOfMemoryError"}  # torch's
 
 
 class Stop:
@@ -28,19 +35,19 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._reason, self._told = "", False
+        self.reason, self._told = "", False
 
     def __call__(self) -> bool:
-        if self._reason and not self._told:
+        if self.reason and not self._told:
             self._told = True
-            print(f"{self._reason}: saving and leaving", flush=True)
-        return bool(self._reason)
+            print(f"{self.reason}: saving and leaving", flush=True)
+        return bool(self.reason)
 
     def on_signal(self, signum: int, frame: object) -> None:
         self.because(f"{signal.Signals(signum).name} received")  # told by the loop: handlers had better not print
 
     def because(self, reason: str) -> None:
-        self._reason = self._reason or reason
+        self.reason = self.reason or reason
 
 
 def main(arguments: list[str]) -> int:
@@ -52,13 +59,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run", required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--logs", default="", help="folder with this rank's log, where nobody else keeps it")
     options = parser.parse_args(arguments)
+    os.environ |= ranks_env.from_scheduler(os.environ)
+    keeper = _keeper(options) if options.logs else None
     try:
         return work(options.run, options.store, options.attempt, stop)
     except Exception as error:
         sys.stdout.flush()
-        print(describe(error), file=sys.stderr, flush=True)
-        return _code(error)
+        code = _code(error)
+        print(describe(error) if code == BUG or exit_code(error) else _fault(error), file=sys.stderr, flush=True)
+        return code
+    finally:
+        sys.stdout.flush()
+        if keeper:
+            keeper.close()
 
 
 def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
@@ -76,11 +91,13 @@ def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = pick_device(recipe.launch.device)
-    init_distributed(device)
+    init_distributed(device, ranks_env.meet(run.store, attempt))
+    print(ranks_env.describe(), flush=True)
     leader = int(os.environ["RANK"]) == 0
     if leader:
         ranks = int(os.environ["WORLD_SIZE"])
-        run.move(State.RUNNING, attempt, host=socket.gethostname(), ranks=ranks, device=device.type)
+        nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+        run.move(State.RUNNING, attempt, host=socket.gethostname(), nodes=nodes, ranks=ranks, device=device.type)
     pulse = Heartbeat(run, attempt, stop.because) if leader else None
     with pulse or nullcontext():
         outcome = train(recipe, run.store, root, attempt, pulse.progress if pulse else _ignore, stop)
@@ -93,8 +110,17 @@ def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
         return OK
     if leader and outcome is not Outcome.SUPERSEDED:
         with suppress(IllegalMove, StoreError):  # whoever watches the ranks says it otherwise
-            run.move(State.PREEMPTED, attempt, reason=outcome.value)
+            by = f" ({stop.reason or 'by another rank: its log says why'})" if outcome is Outcome.PREEMPTED else ""
+            run.move(State.PREEMPTED, attempt, reason=f"{outcome.value}{by}")
     return PREEMPTED
+
+
+def _keeper(options: argparse.Namespace) -> LogKeeper:
+    from jobs.logkeeper import LogKeeper
+    from jobs.record import Run
+
+    name = f"rank-{int(os.environ['RANK']):04d}.log"
+    return LogKeeper(Run(options.store, options.run), Path(options.logs), names=name)
 
 
 def _code(error: Exception) -> int:
@@ -102,8 +128,13 @@ def _code(error: Exception) -> int:
     known = exit_code(error)
     if known is not None:
         return known
-    faults = {"DistError", "DistBackendError", "DistNetworkError", "AcceleratorError", "OutOfMemoryError"}
-    return NOT_READY if faults & {kind.__name__ for kind in type(error).__mro__} else BUG
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # it has no class of its own
+    return NOT_READY if gloo or FAULTS & {kind.__name__ for kind in type(error).__mro__} else BUG
+
+
+def _fault(error: Exception) -> str:
+    lines = "".join(traceback.format_exception(error))
+    return f"{redact(lines)}The device failed, or the connection to another rank was lost: see the other ranks' logs."
 
 
 def _ignore(row: dict[str, Any]) -> None:

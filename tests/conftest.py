@@ -11,8 +11,10 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +141,64 @@ def ceph() -> Iterator[Ceph]:
         yield Ceph(env, make_bucket(env), folder)
     finally:
         subprocess.run([TOOLS / "s3-down", folder, "--purge"], check=True, timeout=60)
+
+
+# ---- schedulers
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A SLURM of our own: two nodes with an address each, accounting, and partitions main, high, short and closed."""
+
+    folder: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def processes(self, node: int) -> list[int]:
+        """Everything that runs on a node."""
+        space = f"{(self.folder / 'bridge').read_text()}-rn{node}"
+        return [int(pid) for pid in self.run("ip", "netns", "pids", space).split()]
+
+    def kill_node(self, node: int) -> None:
+        for pid in self.processes(node):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, node: int) -> None:
+        subprocess.run([TOOLS / "slurm-up", self.folder, "--node", str(node)], check=True, timeout=60)
+
+    def clear(self) -> None:
+        """End all jobs and wait until none is left."""
+        self.run("scancel", "--user=root")
+        end = time.monotonic() + 60
+        while self.run("squeue", "--noheader") and time.monotonic() < end:
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Slurm]:
+    """Skipped where it cannot be brought up, except where CI=true."""
+    if not all(shutil.which(name) for name in ("slurmctld", "slurmdbd", "mariadbd", "ip")) or os.getuid():
+        needed = "root, and apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server iproute2"
+        reason = f"no SLURM here: it needs {needed}"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        subprocess.run([TOOLS / "slurm-up", folder, "--until", str(os.getpid())], check=True, timeout=180)
+        yield Slurm(folder)
+    finally:
+        subprocess.run([TOOLS / "slurm-down", folder, "--purge"], check=True, timeout=60)
+
+
+@pytest.fixture
+def slurm(slurm_cluster: Slurm) -> Iterator[Slurm]:
+    """The cluster without jobs, before and after."""
+    yield slurm_cluster
+    slurm_cluster.clear()

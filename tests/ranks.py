@@ -12,8 +12,16 @@ from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOAD = ["torch", "timm", "deepspeed", "torch._dynamo", "torch._inductor.compile_fx", "core.train", "core.bucket",
-           "tests.ranks"]
+PRELOAD = [
+    "torch",
+    "timm",
+    "deepspeed",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "core.train",
+    "core.bucket",
+    "tests.ranks",
+]
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from core.storage import StoreError
 from jobs import process
 from jobs.errors import BUG, describe
-from jobs.launchers import Launcher
-from jobs.launchers.supervisor import STOP_SIGNALS, Policy, Supervisor
-from jobs.placement import Placement
+from jobs.launchers import Launcher, Look, Order
+from jobs.launchers.ending import STOP_SIGNALS
+from jobs.launchers.supervisor import Policy, Supervisor
+from jobs.placement import Placement, gpu_count, place
 from jobs.record import IllegalMove, Run, State
 from jobs.spec import REPOSITORY
 
@@ -35,32 +36,45 @@ class Local(Launcher):
 
     name = "local"
     shares_tree = True
+    queues = False
 
     def __init__(self, worker: Sequence[str] = WORKER) -> None:
         self.worker = list(worker)
 
-    def submit(self, run: Run, recipe: Recipe, attempt: int, placement: Placement, info: dict[str, Any]) -> None:
+    def gpus(self) -> int:
+        return gpu_count()
+
+    def place(self, recipe: Recipe) -> Placement:
+        return place(recipe, gpu_count())
+
+    def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
+        return [self._submit(order, placement) for order in orders]
+
+    def _submit(self, order: Order, placement: Placement) -> bool:
         from core.config import to_yaml
 
+        run, attempt = order.run, order.attempt
         logs = Path.cwd() / ".retort" / "logs" / run.id
         logs.mkdir(parents=True, exist_ok=True)
         child = _start_supervisor(run, attempt, placement, logs, self.worker)
-        info = {**info, **asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
+        own = {**asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
+        info = {**order.info, **own}
         assert child.stdin is not None
         with child.stdin as pipe:  # closing it without a word ends the supervisor
-            run.move(State.QUEUED, attempt, **info)
-            run.write_recipe(to_yaml(recipe))
+            try:
+                run.move(State.QUEUED, attempt, **info)
+            except IllegalMove:
+                return False
+            run.write_recipe(to_yaml(order.recipe))
             pipe.write(json.dumps(info).encode())
+        return True
 
-    def cancel(self, info: Mapping[str, Any]) -> bool:
-        return process.send(info, signal.SIGTERM)
+    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+        return process.send(info, signal.SIGTERM)  # the supervisor gives ranks so long and no longer
 
-    def alive(self, info: Mapping[str, Any]) -> bool | None:
-        return process.alive(info)
-
-    def logs(self, info: Mapping[str, Any], attempt: int) -> Path | None:
-        folder = Path(info.get("logs", "")) / f"attempt-{attempt:04d}"
-        return folder if folder.is_dir() else None
+    def look(self, info: Mapping[str, Any]) -> Look:
+        alive = process.alive(info)
+        return Look(alive, f"its process {info['pid']} on this machine is gone" if alive is False else "")
 
 
 LAUNCHER = Local()

@@ -11,17 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.launchers.ending import Exit
 from jobs.placement import Placement
 from jobs.spec import REPOSITORY
-
-
-@dataclass(frozen=True)
-class Exit:
-    rank: int
-    code: int  # negative: ended by that signal
 
 
 class Ranks:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.storage import StoreError
-from jobs.errors import BUG, HUNG, NOT_READY, OK, PREEMPTED, redact
-from jobs.launchers.ranks import Exit, Ranks
+from jobs.errors import OK, redact
+from jobs.launchers.ending import Exit, is_failure, order, reason, verdict
+from jobs.launchers.ranks import Ranks
+from jobs.logkeeper import LogKeeper
 from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
 
@@ -29,8 +31,6 @@ T = TypeVar("T")
 LONGEST_PAUSE_S = 3600.0  # between attempts
 STORE_PAUSE_S = 20.0  # between tries to reach the store
 ECHO_S = 0.5  # within which a rank's end is heard of by the others
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REASON_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Supervisor:
             ended = ranks.next_exit(timeout_s=0.2)
             if ended:
                 exits.append(ended)
-                if _is_failure(ended, stopped) and failure is None:
+                if is_failure(ended, stopped) and failure is None:
                     exits += ranks.drain(ECHO_S)  # the others' errors may be but echoes of a rank that was killed
-                    failure = min((e for e in exits if _is_failure(e, stopped)), key=_order)
+                    failure = min((e for e in exits if is_failure(e, stopped)), key=order)
                     ranks.end(self.grace_s)
                 deadline = min(deadline, time.monotonic() + self.stop_grace_s)
             if time.monotonic() > deadline:
@@ -139,19 +139,12 @@ class Supervisor:
 
     def _conclude(self, attempt: int, exits: list[Exit], failure: Exit | None, ranks: Ranks) -> tuple[int, bool]:
         last = self._patiently(self.run.last)
-        if last.state == State.SUCCEEDED and last.attempt == attempt:
-            return OK, False
-        if last.state == State.CANCELLED or last.attempt > attempt:
-            return PREEMPTED, False  # not this attempt's run any more
-        if last.state == State.PREEMPTED:
-            return PREEMPTED, not self._leaving.is_set()
-        if failure or all(e.code == OK for e in exits):
-            reason = _reason(failure, ranks) if failure else "the ranks ended before the run was finished"
-            print(reason, flush=True)
-            self._move(State.FAILED, attempt, reason=reason, rank=failure.rank if failure else None)
-            return BUG, failure is not None and _may_pass(failure) and not self._leaving.is_set()
-        self._move(State.PREEMPTED, attempt, reason="asked to stop")
-        return PREEMPTED, not self._leaving.is_set()
+        found = verdict(last, attempt, failure, all(e.code == OK for e in exits))
+        if found.state is not None:
+            why = reason(failure, ranks.log(failure.rank)) if failure else found.reason
+            print(why, flush=True)
+            self._move(found.state, attempt, reason=why, rank=failure.rank if failure else None)
+        return found.code, found.again and not self._leaving.is_set()
 
     def _move(self, state: State, attempt: int, **info: Any) -> None:
         with suppress(IllegalMove):  # cancelled in this moment
@@ -167,58 +160,3 @@ class Supervisor:
                 print(f"store: {redact(str(error))}", flush=True)
                 if time.monotonic() > limit or self._leaving.wait(random.uniform(1.0, STORE_PAUSE_S)):
                     raise
-
-
-class LogKeeper:
-    """Copies the logs of an attempt to the store while they grow, and once more at the end."""
-
-    def __init__(self, run: Run, folder: Path, every_s: float) -> None:
-        self.run, self.folder, self.every_s = run, folder, every_s
-        self._kept: dict[Path, int] = {}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._done.set()
-        self._thread.join()
-        self.flush()
-
-    def flush(self) -> None:
-        for path in sorted(self.folder.glob("*.log")):
-            size = path.stat().st_size
-            if self._kept.get(path) == size:
-                continue
-            try:
-                self.run.store.put_file(f"logs/{self.folder.name}/{path.name}", path)
-                self._kept[path] = size
-            except StoreError as error:  # the local copy stays; the next flush tries again
-                print(f"log {path.name} not copied: {redact(str(error))}", flush=True)
-
-    def _loop(self) -> None:
-        while not self._done.wait(self.every_s):
-            self.flush()
-
-
-def _is_failure(ended: Exit, stopped: bool) -> bool:
-    # A rank that is told to stop before it has set its handlers dies of the signal: that is no failure.
-    return ended.code not in (OK, PREEMPTED) and not (stopped and -ended.code in STOP_SIGNALS)
-
-
-def _may_pass(failure: Exit) -> bool:
-    """Whether another attempt may fare better: killed, hung, or store or device in trouble."""
-    return failure.code < 0 or failure.code in (HUNG, NOT_READY)
-
-
-def _order(ended: Exit) -> int:
-    """A rank that was killed explains the errors of the others, and one that knows its trouble those of the rest."""
-    return 0 if ended.code < 0 else 1 if ended.code in (HUNG, NOT_READY) else 2
-
-
-def _reason(failure: Exit, ranks: Ranks) -> str:
-    how = "hung" if failure.code == HUNG else f"exit code {failure.code}"
-    if failure.code < 0:
-        how = f"killed by {signal.Signals(-failure.code).name}"
-        how += " (out of memory?)" if failure.code == -signal.SIGKILL else ""
-    lines = ranks.log(failure.rank).read_text(errors="replace").strip().splitlines()[-REASON_LINES:]
-    return redact("\n".join([f"rank {failure.rank}: {how}", *lines]))

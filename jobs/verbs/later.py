@@ -12,7 +12,3 @@ def features(settings: Settings) -> int:
 
 def image(settings: Settings) -> int:
     raise UserError("image is not built yet: runs start from this working tree")
-
-
-def manifests(settings: Settings) -> int:
-    raise UserError("manifests is not built yet: the only launcher so far is local")

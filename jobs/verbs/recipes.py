@@ -39,6 +39,7 @@ def plan(settings: Settings) -> int:
     from jobs import plan as planner
 
     recipe = settings.load_recipe()
-    facts = planner.plan(recipe, settings.root(recipe), settings.gpu or "h100", settings.gpus)
+    facts = planner.plan(recipe, settings.root(recipe), settings.gpu or "h100", settings.gpus,
+                         settings.site().price_per_gpu_hour)  # fmt: skip
     print(json.dumps(facts, indent=1) if settings.json else planner.render(facts))
     return OK

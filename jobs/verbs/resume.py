@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import UserError
-from jobs.placement import gpu_count, place
 from jobs.record import Run, State
 from jobs.settings import Settings
-from jobs.verbs.submit import as_yaml, attempt_info, choose_launcher, launch, ready, say
+from jobs.verbs.submit import as_yaml, attempt_info, choose_launcher, launch, order, ready, say
 
 if TYPE_CHECKING:
     from core.config import Recipe
@@ -29,11 +28,11 @@ def resume(settings: Settings) -> int:
     for line in changes:
         say(f"changed: {line}")
     launcher = choose_launcher(settings, recipe)
-    gpus = gpu_count()
-    placement = place(recipe, gpus)
-    ready(recipe, root, gpus)
+    placement = launcher.place(recipe)
+    launcher.check(recipe, root, placement)
+    ready(recipe, root, launcher.gpus())
     info = attempt_info(settings, launcher) | ({"changed": changes} if changes else {})
-    return launch(run, recipe, launcher, placement, info, settings)
+    return launch(order(run, recipe, info, settings), launcher, placement, settings)
 
 
 def changed(old: Recipe, settings: Settings) -> tuple[Recipe, list[str]]:

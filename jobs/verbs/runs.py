@@ -1,18 +1,16 @@
-"""status, logs and cancel: what is in the record of a run, whichever launcher ran it."""
+"""status and cancel: what is in the record of a run, whichever launcher ran it."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from jobs import launchers
 from jobs.errors import OK, UserError
 from jobs.follow import duration, progress_text
 from jobs.launchers import Launcher
-from jobs.record import ACTIVE, ENDED, Run, State, View
+from jobs.record import ACTIVE, ENDED, Run, State, Transition, View
 from jobs.settings import Settings
 from jobs.table import table
 
@@ -20,6 +18,10 @@ CANCEL_WAIT_S = 60.0
 
 
 def status(settings: Settings) -> int:
+    if settings.sweep:
+        from jobs.verbs.sweeps import status_sweep
+
+        return status_sweep(settings)
     root = settings.root()
     if settings.run:
         return _detail(Run.find(root, settings.run), settings.json)
@@ -51,6 +53,7 @@ def _detail(run: Run, as_json: bool) -> int:
     if as_json:
         moves = [{"state": t.state, "time": t.time, "attempt": t.attempt, "info": t.info} for t in history]
         facts = {**_row(run), "uri": run.uri, "lost": view.lost, "transitions": moves, "record": run.record()}
+        facts["queue"] = run.look(view.last).text if view.last.state not in (State.CREATED, *ENDED) else ""
         facts["checkpoints"] = _checkpoints(run)
         print(json.dumps(facts, indent=1))
         return OK
@@ -60,13 +63,26 @@ def _detail(run: Run, as_json: bool) -> int:
     print(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}")
     print(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}")
     print(f"progress  {progress_text(view.heartbeat) or 'none yet'}")
+    look = run.look(view.last) if view.last.state not in (State.CREATED, *ENDED) else None
+    if look and look.text and not view.lost:
+        print(f"queue     {look.text}")
     for t in history:
-        print(f"{_clock(t.time)}  {t.state}" + (f" (attempt {t.attempt})" if t.attempt else ""))
-    for reason in filter(None, (view.lost, view.last.info.get("reason", ""))):
-        print(f"reason    {reason}")
+        print(f"{_clock(t.time)}  {_told(t)}")
+    if view.lost:
+        print(f"reason    {view.lost}")
     _kept(run)
     print(f"next      {_next(run, view)}")
     return OK
+
+
+def _told(t: Transition) -> str:
+    """A transition in one line: attempt, where, and why, with the whole reason."""
+    where = t.info.get("nodes", "") if t.state == State.RUNNING else ""
+    job = f"{t.info['launcher']} job {t.info['job']}" if t.state == State.QUEUED and t.info.get("job") else ""
+    reason = t.info.get("reason", "")
+    parts = [f" (attempt {t.attempt})" if t.attempt else "", f" on {where}" if where else "", f", {job}" if job else "",
+             f": {reason}" if reason else ""]  # fmt: skip
+    return f"{t.state}{''.join(parts)}"
 
 
 def _checkpoints(run: Run) -> list[dict[str, Any]]:
@@ -103,41 +119,9 @@ def _clock(seconds: float) -> str:
 def _next(run: Run, view: View) -> str:
     if view.last.state == State.SUCCEEDED:
         return f"make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}"
-    if view.active:
+    if view.active or (view.last.state == State.PREEMPTED and run.look(view.last).alive):
         return f"make logs RUN={run.id}; make cancel RUN={run.id}"
     return f"make logs RUN={run.id}; make resume RUN={run.id}"
-
-
-def logs(settings: Settings) -> int:
-    """Logs of the newest attempt, one part per rank: the stored copy, or the local file where that has more."""
-    run = Run.find(settings.root(), settings.need("run"))
-    found = False
-    for name, text in _logs(run):
-        found = True
-        lines = text.splitlines()
-        print(f"==> {name} <==")
-        print("\n".join(lines[-settings.tail :] if settings.tail else lines))
-    if not found:
-        print(f"run {run.id} has written no logs yet", file=sys.stderr)
-    return OK
-
-
-def _logs(run: Run) -> list[tuple[str, str]]:
-    last = run.last()
-    prefix = f"logs/attempt-{last.attempt:04d}/"
-    texts = {entry.key.removeprefix(prefix): run.store.get(entry.key) for entry in run.store.list(prefix)}
-    for path in _local_logs(run):
-        content = path.read_bytes()
-        if len(content) > len(texts.get(path.name, b"")):
-            texts[path.name] = content
-    return [(f"{prefix}{name}", texts[name].decode(errors="replace")) for name in sorted(texts)]
-
-
-def _local_logs(run: Run) -> list[Path]:
-    last = run.last()
-    handle = run.handle(last)
-    folder = _launcher_of(handle).logs(handle, last.attempt) if handle else None
-    return sorted(folder.glob("*.log")) if folder else []
 
 
 def cancel(settings: Settings) -> int:
@@ -145,7 +129,8 @@ def cancel(settings: Settings) -> int:
     run = Run.find(settings.root(), settings.need("run"))
     view = run.view()
     if view.last.state == State.CANCELLED:
-        print(f"{run.id} is already cancelled")
+        still = run.look(view.last).alive and _launcher_of(run.handle(view.last)).cancel(run.handle(view.last), True)
+        print(f"{run.id} is already cancelled" + ("; what is left of it is ended now" if still else ""))
         return OK
     if view.last.state in ENDED:
         raise UserError(f"run {run.id} has already {view.last.state}: there is nothing to cancel")
@@ -164,9 +149,10 @@ def cancel(settings: Settings) -> int:
 
 def _wait_for_end(launcher: Launcher, handle: dict[str, Any]) -> None:
     limit = time.monotonic() + CANCEL_WAIT_S
-    while launcher.alive(handle) and time.monotonic() < limit:
+    while launcher.look(handle).alive and time.monotonic() < limit:
         time.sleep(0.2)
-    print("ended" if not launcher.alive(handle) else f"still saving after {CANCEL_WAIT_S:.0f} s; it ends by itself")
+    late = f"still saving after {CANCEL_WAIT_S:.0f} s; it ends by itself, and at once when it is cancelled again"
+    print(late if launcher.look(handle).alive else "ended")
 
 
 def _launcher_of(handle: dict[str, Any]) -> Launcher:

@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from jobs import hub, inputs, launchers, preflight, spec
-from jobs.errors import OK, UserError
-from jobs.launchers import Launcher
+from jobs.errors import OK, UserError, nearest
+from jobs.launchers import Launcher, Order
 from jobs.placement import Placement, gpu_count, place
 from jobs.record import IllegalMove, Run, State, View
 from jobs.settings import Settings
@@ -15,29 +15,72 @@ from jobs.settings import Settings
 if TYPE_CHECKING:
     from core.config import Recipe
 
+AFTER = ("eval", "export", "report")
+
 
 def submit(settings: Settings) -> int:
+    if settings.sweep:
+        from jobs.verbs.sweeps import submit_sweep
+
+        return submit_sweep(settings)
     recipe = settings.load_recipe()
     root = settings.root(recipe)
     run_id = spec.run_id(recipe)
     if settings.dry:
         return _finish(_dry(recipe, root), run_id)
     launcher = choose_launcher(settings, recipe)
-    gpus = gpu_count()
-    placement = place(recipe, gpus)
-    if inputs.check_store(root):
-        ready(recipe, root, gpus)  # refuses, saying what else is missing
+    placement = checked(recipe, root, launcher)
     run = Run(root, spec.fresh_id(root, run_id) if settings.fresh else run_id)
+    order = wanted(run, recipe, launcher, settings)
+    if order is None:
+        return _finish(OK, run.id)
+    return launch(order, launcher, placement, settings)
+
+
+def checked(recipe: Recipe, root: str, launcher: Launcher) -> Placement:
+    """Ranks and device, when the launcher and the store can do what is wanted."""
+    placement = launcher.place(recipe)
+    launcher.check(recipe, root, placement)
+    if inputs.check_store(root):
+        ready(recipe, root, launcher.gpus())  # refuses, saying what else is missing
+    return placement
+
+
+def wanted(run: Run, recipe: Recipe, launcher: Launcher, settings: Settings) -> Order | None:
+    """The attempt to start, its inputs made and its record there; None, having said so, when nothing is to be done."""
     view = run.view() if run.exists() else None
     if view and (view.active or view.last.state == State.SUCCEEDED):
-        return _finish(_nothing_to_do(run, view), run.id)
+        _nothing_to_do(run, view)
+        return None
     if view:
         _require_same(run, recipe)
-    ready(recipe, root, gpus)
+    ready(recipe, run.root, launcher.gpus())
     info = attempt_info(settings, launcher)
     if view is None:
-        run.create(as_yaml(recipe), spec.record(run.id, recipe, root, settings, spec.code()))
-    return launch(run, recipe, launcher, placement, info, settings)
+        create(run, recipe, settings)
+    return order(run, recipe, info, settings)
+
+
+def create(run: Run, recipe: Recipe, settings: Settings) -> None:
+    run.create(as_yaml(recipe), spec.record(run.id, recipe, run.root, settings, spec.code()))
+
+
+def order(run: Run, recipe: Recipe, info: dict[str, Any], settings: Settings) -> Order:
+    """The run's next attempt; a lost one is written down as such."""
+    view = run.view()
+    if view.lost:
+        with suppress(IllegalMove):
+            run.move(State.PREEMPTED, reason=f"lost: {view.lost}")
+    return Order(run, recipe, view.last.attempt + 1, info, after_verbs(settings))
+
+
+def after_verbs(settings: Settings) -> tuple[str, ...]:
+    """AFTER=eval,export.  Raises UserError."""
+    verbs = tuple(name.strip() for name in settings.after.split(",") if name.strip())
+    for verb in verbs:
+        if verb not in AFTER:
+            raise UserError(f"AFTER: {verb!r} cannot follow a run{nearest(verb, AFTER)} (known: {', '.join(AFTER)})")
+    return verbs
 
 
 def _require_same(run: Run, recipe: Recipe) -> None:
@@ -54,11 +97,12 @@ def _require_same(run: Run, recipe: Recipe) -> None:
 
 
 def choose_launcher(settings: Settings, recipe: Recipe) -> Launcher:
-    wanted = settings.launcher or recipe.launch.launcher
-    launcher = launchers.find(wanted)
-    if wanted == "auto":
-        print(f"launcher: {launcher.name} (auto: the only one built so far)")
-    return launcher
+    """LAUNCHER, else the recipe's, with the settings of CLUSTER.  Raises UserError, ConfigError."""
+    name = settings.launcher or recipe.launch.launcher
+    if name == "auto":
+        name, why = launchers.automatic()
+        print(f"launcher: {name} (auto: {why})")
+    return launchers.find(name).at(settings.site())
 
 
 def ready(recipe: Recipe, root: str, gpus: int) -> None:
@@ -79,35 +123,45 @@ def attempt_info(settings: Settings, launcher: Launcher) -> dict[str, Any]:
     return {"commit": current.commit, "dirty": current.dirty}
 
 
-def launch(
-    run: Run, recipe: Recipe, launcher: Launcher, placement: Placement, info: dict[str, Any], settings: Settings
-) -> int:
-    view = run.view()
-    if view.lost:
-        with suppress(IllegalMove):
-            run.move(State.PREEMPTED, reason=f"lost: {view.lost}")
-    attempt = view.last.attempt + 1
-    try:
-        launcher.submit(run, recipe, attempt, placement, info)
-    except IllegalMove:  # submitted twice in the same moment
-        return _finish(_nothing_to_do(run, run.view()), run.id)
-    where = f"{launcher.name}, {placement.ranks} x {placement.device}, store {run.root}"
-    print(f"{run.id}: attempt {attempt} submitted to {where}", flush=True)
+def launch(order: Order, launcher: Launcher, placement: Placement, settings: Settings) -> int:
+    """Start the attempt, follow it, and do what comes after it where no queue does."""
+    run = order.run
+    if launcher.submit([order], placement) != [True]:  # submitted twice in the same moment
+        _nothing_to_do(run, run.view())
+        return _finish(OK, run.id)
+    print(f"{run.id}: attempt {order.attempt} submitted to {described(launcher, placement, run.root)}", flush=True)
+    if look := run.look(run.last()).text:
+        print(look)
     if settings.detach:
         print(f"next: make status RUN={run.id}; make logs RUN={run.id}; make cancel RUN={run.id}")
         return _finish(OK, run.id)
     from jobs.follow import follow
 
-    return _finish(follow(run, attempt, launcher), run.id)
+    code = follow(run, order.attempt, launcher)
+    if code == OK and not launcher.queues and run.last().state == State.SUCCEEDED:
+        code = max((_verb(verb, run) for verb in order.after), default=OK)
+    return _finish(code, run.id)
 
 
-def _nothing_to_do(run: Run, view: View) -> int:
+def described(launcher: Launcher, placement: Placement, root: str) -> str:
+    nodes = f" on {placement.nodes} nodes" if placement.nodes > 1 else ""
+    return f"{launcher.name}, {placement.ranks} x {placement.device}{nodes}, store {root}"
+
+
+def _verb(name: str, run: Run) -> int:
+    from jobs.cli import VERBS
+
+    return VERBS[name].load()(Settings(run=run.id, store=run.root))
+
+
+def _nothing_to_do(run: Run, view: View) -> None:
     if view.last.state == State.SUCCEEDED:
         print(f"{run.id} is already done: {run.uri}")
         print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}; a new run: FRESH=1")
     else:
         print(f"{run.id} is already {view.shown}; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
-    return OK
+        if look := run.look(view.last).text:
+            print(look)
 
 
 def _dry(recipe: Recipe, root: str) -> int:

@@ -57,7 +57,7 @@ def test_every_verb_leads_to_a_function() -> None:
     assert all(callable(verb.load()) for verb in cli.VERBS.values())
 
 
-@pytest.mark.parametrize("verb", ["image", "manifests", "features"])
+@pytest.mark.parametrize("verb", ["image", "features"])
 def test_verbs_that_are_not_built_say_so_in_one_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb]) == 2
     error = capsys.readouterr().err

@@ -103,7 +103,9 @@ def test_a_hub_that_does_not_answer_is_said_within_seconds(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/{filename}"
+    )
     assert "the hub does not answer" in whats(hub_recipe(photos), root)[0]
 
 
@@ -115,9 +117,7 @@ def test_hub_ids(weights: str, found: str) -> None:
     assert hub.hub_id("vit_tiny_patch16_224", weights) == found
 
 
-def test_the_student_of_an_earlier_run_must_be_exported(
-    photos: Path, root: str, new_run: Callable[..., Run]
-) -> None:
+def test_the_student_of_an_earlier_run_must_be_exported(photos: Path, root: str, new_run: Callable[..., Run]) -> None:
     chosen = recipe(photos, student=Student(weights="run:demo-1"))
     assert "is not in" in whats(chosen, root)[0]
     run = new_run("demo-1")

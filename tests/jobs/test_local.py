@@ -14,10 +14,10 @@ from core.config import from_yaml, load
 from jobs import cli, launchers, process
 from jobs.errors import UserError
 from jobs.follow import follow
-from jobs.launchers import local
+from jobs.launchers import Order
 from jobs.launchers.local import Local
 from jobs.placement import Placement
-from jobs.record import IllegalMove, Run, State
+from jobs.record import Run, State
 from tests.jobs.conftest import end_supervisor, fake_worker
 
 MakeRun = Callable[..., Run]
@@ -34,7 +34,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def submit(run: Run, recipe: Path, deed: str) -> Local:
     launcher = Local(fake_worker(deed))
-    launcher.submit(run, load(str(recipe)), run.last().attempt + 1, TWO, {"commit": "abc"})
+    order = Order(run, load(str(recipe)), run.last().attempt + 1, {"commit": "abc"})
+    assert launcher.submit([order], TWO) == [True]
     return launcher
 
 
@@ -46,9 +47,9 @@ def test_a_submitted_run_is_worked_on_by_another_session(new_run: MakeRun, tiny_
     assert (queued["ranks"], queued["commit"]) == (2, "abc")
     assert os.getsid(queued["pid"]) == queued["pid"] != os.getsid(0)
     wait_until(lambda: run.last().state == State.RUNNING)
-    assert launcher.alive(queued) is True
+    assert launcher.look(queued).alive is True
     assert launcher.cancel(queued)
-    wait_until(lambda: not launcher.alive(queued))
+    wait_until(lambda: not launcher.look(queued).alive)
     assert run.last().state == State.PREEMPTED
 
 
@@ -83,8 +84,7 @@ def test_the_loser_of_two_submissions_starts_and_changes_nothing(new_run: MakeRu
     run = new_run(recipe="name: old\n")
     run.move(State.QUEUED, 1)
     launcher = Local(fake_worker("ok"))
-    with pytest.raises(IllegalMove):
-        launcher.submit(run, load(str(tiny_recipe)), 1, TWO, {})
+    assert launcher.submit([Order(run, load(str(tiny_recipe)), 1, {})], TWO) == [False]
     assert run.store.get("recipe.yaml") == b"name: old\n"
     assert Path(f".retort/logs/{run.id}/supervisor.log").read_text() == ""
     assert not Path(f".retort/logs/{run.id}/attempt-0001").exists()
@@ -121,7 +121,7 @@ def test_a_run_cancelled_before_its_ranks_are_up_never_runs(new_run: MakeRun, ti
     run = new_run()
     launcher = submit(run, tiny_recipe, "wait")
     assert cli.main(["cancel", run.id, "--store", root]) == 0
-    assert not launcher.alive(run.handle(run.last()))
+    assert not launcher.look(run.handle(run.last())).alive
     assert run.last().state == State.CANCELLED
 
 
@@ -139,11 +139,14 @@ def test_a_signal_to_another_process_of_the_same_number_is_not_sent(new_run: Mak
     assert not process.send({**info, "host": "elsewhere"}, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("name", "words"), [("slurm", "not built"), ("ray", "not built"), ("lcal", "mean local")])
+@pytest.mark.parametrize(("name", "words"), [("ray", "not built"), ("lcal", "mean local"), ("auto", "unknown")])
 def test_launchers_that_are_not_there_say_so(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         launchers.find(name)
 
 
-def test_auto_means_local() -> None:
-    assert launchers.find("auto") is local.LAUNCHER
+def test_auto_is_this_machine_where_no_slurm_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+    assert launchers.automatic()[0] == "local"
+    monkeypatch.setattr("jobs.slurm.queue.answers", lambda: True)
+    assert launchers.automatic()[0] == "slurm"

@@ -8,7 +8,7 @@ import pytest
 
 from core.config import Launch, Recipe, Train
 from jobs.errors import UserError
-from jobs.placement import allowed_ranks, place
+from jobs.placement import Placement, allowed_ranks, place, spread
 
 Stages = dict[str, dict[str, int]]
 
@@ -45,3 +45,16 @@ def test_threads_share_the_cores() -> None:
     assert place(recipe(ranks=1), gpus=0).threads == cores
     assert place(recipe(ranks=8), gpus=0).threads == max(1, cores // 8)
     assert place(recipe(threads=3), gpus=0).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "nodes"), [(0, 4, 1), (1, 4, 1), (2, 4, 1), (4, 4, 1), (8, 4, 2), (2, 1, 2), (0, 1, 1)]
+)
+def test_nodes_are_full_but_for_a_single_one(ranks: int, per_node: int, nodes: int) -> None:
+    found = spread(recipe(ranks=ranks), per_node, gpus=per_node, cpus=6)
+    assert found == Placement(ranks or per_node, "cuda", 6, nodes)
+
+
+def test_a_number_that_leaves_a_node_half_empty_is_refused_with_those_that_fit() -> None:
+    with pytest.raises(UserError, match="4 ranks on nodes of 3 .* allowed: 1, 2"):
+        spread(recipe(ranks=4), 3, gpus=3, cpus=1)

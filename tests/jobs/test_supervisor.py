@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from core.storage import StoreError
-from jobs.launchers.supervisor import LogKeeper, Policy, Supervisor
+from jobs.launchers.supervisor import Policy, Supervisor
+from jobs.logkeeper import LogKeeper
 from jobs.placement import Placement
 from jobs.record import Run, State
 from tests.jobs.conftest import fake_worker

@@ -96,7 +96,7 @@ def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int,
     assert _losses(cut, run) == whole
     moves = [(t.state, t.attempt, t.info.get("reason", "")) for t in Run(cut, run).transitions()]
     assert [attempt for state, attempt, _ in moves if state == State.QUEUED] == [1, 2]
-    assert (State.PREEMPTED, 1, "asked to stop") in moves
+    assert (State.PREEMPTED, 1, "asked to stop (by another rank: its log says why)") in moves
 
 
 @pytest.fixture

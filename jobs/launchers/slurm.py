@@ -1,0 +1,191 @@
+"""Runs as jobs of SLURM, submitted through submitit. SLURM starts them again; the batch script sees to the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.cluster import Cluster
+from jobs.errors import NotReady, UserError, redact
+from jobs.launchers import Launcher, Look, Order
+from jobs.placement import Placement, spread
+from jobs.record import IllegalMove, State
+from jobs.slurm import queue, script
+from jobs.slurm.queue import SlurmError
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+    from jobs.slurm.script import Script
+
+
+class Slurm(Launcher):
+    """One task per rank under a batch script made from slurm/job.sbatch."""
+
+    name = "slurm"
+    shares_tree = True  # but for images, which hold their own code
+    queues = True
+
+    def __init__(self, cluster: Cluster | None = None) -> None:
+        self.cluster = cluster or Cluster()
+
+    def at(self, cluster: Cluster) -> Slurm:
+        return Slurm(cluster)
+
+    def gpus(self) -> int:
+        """Of a node: a run may have as many nodes as it asks for."""
+        return self.cluster.gpus_per_node
+
+    def place(self, recipe: Recipe) -> Placement:
+        own = self.cluster
+        return spread(recipe, own.per_node, own.gpus_per_node, own.cpus_per_task)
+
+    def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
+        own = self.cluster
+        if not queue.answers():
+            queue.call("sinfo")  # says in its own words why not
+        _check_shared(own, root)
+        part = queue.partition(own.partition)
+        per_node = placement.ranks // placement.nodes
+        if part.state != "UP":
+            raise NotReady(f"partition {part.name} is {part.state}: jobs in it do not start")
+        most = min(part.nodes, part.max_nodes)
+        if placement.nodes > most:
+            raise UserError(f"launch.ranks: {placement.ranks} ranks need {placement.nodes} nodes of {per_node}; "
+                            f"partition {part.name} gives a job {most:.0f} at most")  # fmt: skip
+        if placement.device == "cuda":
+            there = part.gpus_per_node.get(own.gpu_type, 0)
+            if per_node > there:
+                kinds = ", ".join(f"{n} {kind}" for kind, n in part.gpus_per_node.items() if kind)
+                kinds = f" ({kinds})" if kinds else ""
+                raise UserError(f"gpus_per_node: {per_node} {own.gpu_type or 'GPUs'} on a node are wanted; nodes of "
+                                f"partition {part.name} have {there} at most{kinds}")  # fmt: skip
+        cpus = per_node * own.cpus_per_task
+        if cpus > part.cpus_per_node:
+            raise UserError(f"cpus_per_task: {per_node} ranks of {own.cpus_per_task} CPUs need {cpus} on a node; nodes "
+                            f"of partition {part.name} have {part.cpus_per_node} at most")  # fmt: skip
+        if own.mem_gb * 1024 > part.mem_mb_per_node:
+            raise UserError(f"mem_gb: {own.mem_gb:g} GB on a node are wanted; nodes of partition {part.name} have "
+                            f"{part.mem_mb_per_node / 1024:.0f} at most")  # fmt: skip
+        limit = script.limit_min(recipe, own)
+        if limit > part.max_time_min:
+            most = part.max_time_min
+            raise UserError(f"time_min: {limit} minutes are wanted; partition {part.name} allows {most:.0f} at "
+                            "most (a run goes on in its next attempt all the same)")  # fmt: skip
+
+    def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
+        """One job, or an array of them: held until the runs' records name it, so that of two submissions one works."""
+        from core.config import to_yaml
+
+        runs, root = [order.run.id for order in orders], orders[0].run.root
+        folder = script.folder(self.cluster)
+        made = script.training(orders[0].recipe, self.cluster, placement, runs, root, folder)
+        array = _sbatch(made, folder, hold=True)
+        jobs = [array] if len(orders) == 1 else [f"{array}_{i}" for i in range(len(orders))]
+        try:
+            after = {verb: _sbatch(script.after(verb, self.cluster, placement, runs, root, folder, array), folder)
+                     for verb in orders[0].after}  # fmt: skip
+        except SlurmError:
+            queue.call("scancel", array)
+            raise
+        won = []
+        for i, (order, job) in enumerate(zip(orders, jobs, strict=True)):
+            later = {verb: own if len(orders) == 1 else f"{own}_{i}" for verb, own in after.items()}
+            info = {**order.info, **asdict(placement), "launcher": self.name, "job": job, "after": later,
+                    "slurm": queue.cluster_name(), "logs": str(folder / order.run.id)}  # fmt: skip
+            try:
+                order.run.move(State.QUEUED, order.attempt, **info)
+                order.run.write_recipe(to_yaml(order.recipe))
+                won.append(True)
+            except IllegalMove:
+                queue.call("scancel", job, *later.values())
+                won.append(False)
+        if any(won):
+            queue.call("scontrol", "release", array)
+        return won
+
+    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+        """Ranks that work save and leave, and the batch script ends the job; one that waits leaves the queue."""
+        try:
+            job = queue.find(info["job"])
+            if job is None:
+                return False
+            if job.state == "RUNNING" and not at_once:
+                queue.call("scancel", "--signal=TERM", info["job"])
+            else:
+                queue.call("scancel", info["job"])
+            for waiting in info.get("after", {}).values():
+                queue.call("scancel", waiting)
+        except SlurmError:
+            return False
+        return True
+
+    def look(self, info: Mapping[str, Any]) -> Look:
+        try:
+            if info.get("slurm") and info["slurm"] != queue.cluster_name():
+                return Look(None)
+            job = queue.find(info["job"])
+        except SlurmError:
+            return Look(None)
+        if job:
+            return Look(True, f"SLURM job {info['job']} {job}")
+        how = queue.ended(info["job"]) or "not in the queue any more"
+        return Look(False, f"SLURM job {info['job']} is {how}{_said(info)}")
+
+
+LAUNCHER = Slurm()
+
+
+def _said(info: Mapping[str, Any]) -> str:
+    """What the job's newest step had to say of its end, where its log can be seen from here."""
+    path = Path(info.get("logs", "")) / f"said-{info['job'].partition('_')[0]}.log"
+    try:
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    except OSError:
+        return ""
+    return "".join(f"\n{line}" for line in dict.fromkeys(lines))
+
+
+def _sbatch(made: Script, folder: Path, hold: bool = False) -> str:
+    """Give the script to sbatch; returns the job's number.  Raises SlurmError with SLURM's words."""
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = made.directives["job-name"]
+    options = {key: value or True for key, value in made.directives.items() if key != "job-name"}
+    executor = SlurmExecutor(folder=folder)
+    executor.update_parameters(
+        job_name=name, use_srun=False, stderr_to_stdout=True, time=None, wckey=None,
+        additional_parameters={**options, **({"hold": True} if hold else {})},
+    )  # fmt: skip
+    try:
+        # submitit's own route would pickle a function; what runs here is the script that can be read in slurm/
+        return str(executor._submit_command(made.body).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(f"sbatch refuses the job. SLURM says: {_words(str(error))}") from None
+
+
+def _words(text: str) -> str:
+    lines = [line for line in redact(text).splitlines() if line.startswith("sbatch: ")]
+    return " ".join(line.removeprefix("sbatch: ") for line in lines) or redact(text).strip()
+
+
+def _check_shared(cluster: Cluster, root: str) -> None:
+    """Raises UserError when nodes cannot see the store, as far as the cluster file says."""
+    path = root.removeprefix("file://")
+    if (
+        root.startswith("file://")
+        and cluster.shared
+        and not any(Path(path).is_relative_to(folder) for folder in cluster.shared)
+    ):
+        there = ", ".join(cluster.shared)
+        raise UserError(f"store: the nodes do not see {path}; the cluster file says that they share {there}: "
+                        "STORE=file:///shared/folder or STORE=s3://bucket/prefix")  # fmt: skip
+    if not cluster.container and cluster.python and not Path(cluster.python).exists():
+        raise UserError(f"python: there is no {cluster.python} here; the nodes run it, so it must be in a folder that "
+                        "they share with this machine")  # fmt: skip
+    image = cluster.image
+    if image.startswith("/") and not Path(image).exists():
+        raise UserError(f"image: there is no file {image}")

@@ -1,0 +1,1 @@
+"""What Retort says to SLURM and what it makes of the answers."""

@@ -1,0 +1,149 @@
+"""Batch scripts: slurm/*.sbatch filled in from a recipe and a cluster file."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.cluster import Cluster
+from jobs.errors import PREEMPTED
+from jobs.placement import Placement
+from jobs.spec import REPOSITORY
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+
+TEMPLATES = REPOSITORY / "slurm"
+NOTHING, CANCELLED = 10, 11  # exit codes of jobs.slurm.step: nothing to do here; end the job as cancelled
+SIGNAL_EARLY_S = 60  # by which SLURM may send its signal too soon, and that starting again may take
+Directives = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What sbatch is given: options, and the shell that comes after them."""
+
+    directives: Directives
+    text: str  # the whole file
+
+    @property
+    def body(self) -> str:
+        """Without the first line and the options."""
+        lines = self.text.splitlines()[1:]
+        return "\n".join(line for line in lines if not line.startswith("#SBATCH ")).strip() + "\n"
+
+
+def training(
+    recipe: Recipe, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path
+) -> Script:
+    """The job that trains one run, or an array of them."""
+    per_node = placement.ranks // placement.nodes
+    own = {
+        "nodes": str(placement.nodes), "ntasks-per-node": str(per_node),
+        **_resources(cluster, placement.device, per_node),
+        "signal": f"USR2@{lead_s(recipe)}", "requeue": "", **_site(cluster, limit_min(recipe, cluster)),
+    }  # fmt: skip
+    words = {
+        "ranks": str(placement.ranks), "per_node": str(per_node), "cpus": str(cluster.cpus_per_task),
+        "bind": "--cpu-bind=cores " if placement.device == "cuda" else "", "wait": f"{recipe.launch.grace_s:.0f}",
+        "nothing": str(NOTHING), "again": str(PREEMPTED), "cancelled": str(CANCELLED),
+    }  # fmt: skip
+    about = f"Trains {', '.join(runs)}."
+    return _fill("job.sbatch", about, runs, root, logs, cluster, own, {**words, "threads": str(placement.threads)})
+
+
+def after(
+    verb: str, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path, job: str
+) -> Script:
+    """The job that does `verb` on each run once its training has succeeded."""
+    wait = f"{'aftercorr' if len(runs) > 1 else 'afterok'}:{job}"
+    own = {"nodes": "1", "ntasks-per-node": "1", **_resources(cluster, placement.device, 1),
+           **_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}  # fmt: skip
+    about = f"Does {verb} on {', '.join(runs)} after job {job}."
+    words = {"verb": verb, "threads": str(placement.threads)}
+    return _fill("after.sbatch", about, runs, root, logs, cluster, own, words)
+
+
+def lead_s(recipe: Recipe) -> int:
+    """How long before its time limit a job is told to save."""
+    return round(recipe.launch.grace_s) + SIGNAL_EARLY_S
+
+
+def limit_min(recipe: Recipe, cluster: Cluster) -> int:
+    """Time limit of the job: the cluster's, or what launch.time_limit_min needs where that is less; 0 = SLURM's."""
+    wish = recipe.launch.time_limit_min
+    needed = -(-int(wish * 60 + lead_s(recipe)) // 60) if wish else 0
+    return min(filter(None, (needed, cluster.time_min)), default=0)
+
+
+def _resources(cluster: Cluster, device: str, tasks: int) -> Directives:
+    found = {"cpus-per-task": str(cluster.cpus_per_task)}
+    if device == "cuda":
+        count = min(tasks, cluster.gpus_per_node) if cluster.gpus_per_node else tasks
+        found["gpus-per-node"] = f"{cluster.gpu_type}:{count}" if cluster.gpu_type else str(count)
+    if cluster.mem_gb:
+        found["mem"] = f"{round(cluster.mem_gb * 1024)}M"
+    return found
+
+
+def _site(cluster: Cluster, time_min: int) -> Directives:
+    named = {name: str(getattr(cluster, name)) for name in ("partition", "account", "qos", "reservation", "constraint")}
+    time = {"time": f"{time_min // 60:02d}:{time_min % 60:02d}:00"} if time_min else {}
+    return {**{name: value for name, value in named.items() if value}, **time, "open-mode": "append", **cluster.extra}
+
+
+def _fill(
+    template: str, about: str, runs: Sequence[str], root: str, logs: Path, cluster: Cluster, own: Directives,
+    words: Mapping[str, str],
+) -> Script:  # fmt: skip
+    array = {"array": f"0-{len(runs) - 1}"} if len(runs) > 1 else {}
+    name = runs[0] if len(runs) == 1 else f"{runs[0].rpartition('-')[0]}-sweep"
+    directives = {"job-name": f"retort-{name}", **own, **array,
+                  "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
+    place, retort = _container(cluster)
+    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **_network(cluster), **cluster.env}
+    if not cluster.container:
+        exports["PYTHONPATH"] = str(REPOSITORY)
+    given = {
+        **words, "about": about, "template": template, "directives": render(directives),
+        "setup": "\n".join(cluster.setup) or ": # nothing to set up", "runs": shlex.join(runs),
+        "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
+        "store": shlex.quote(root), "logs": shlex.quote(str(logs)), "place": shlex.join(place),
+        "retort": shlex.join(retort),
+    }  # fmt: skip
+    text = (TEMPLATES / template).read_text()
+    return Script(directives, re.sub(r"@([a-z_]+)@", lambda found: given[found[1]], text))
+
+
+def render(directives: Directives) -> str:
+    given = {key: f"={shlex.quote(value)}" if value else "" for key, value in directives.items()}
+    return "\n".join(f"#SBATCH --{key}{value}" for key, value in given.items())
+
+
+def _container(cluster: Cluster) -> tuple[list[str], list[str]]:
+    """Options of srun, and the command that runs Python where Retort is."""
+    if cluster.container == "apptainer":
+        binds = [word for mount in cluster.mounts for word in ("--bind", mount)]
+        nv = ["--nv"] if cluster.gpus_per_node else []
+        return [], ["apptainer", "exec", *nv, *binds, cluster.image, cluster.python or "python"]
+    if cluster.container == "pyxis":
+        mounts = [f"--container-mounts={','.join(cluster.mounts)}"] if cluster.mounts else []
+        place = [f"--container-image={cluster.image}", *mounts, "--no-container-mount-home"]
+        return place, [cluster.python or "python"]
+    return [], [cluster.python or sys.executable]
+
+
+def _network(cluster: Cluster) -> dict[str, str]:
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    return dict.fromkeys(names, cluster.interface) if cluster.interface else {}
+
+
+def folder(cluster: Cluster) -> Path:
+    """Where logs and batch scripts lie."""
+    return Path(cluster.logs) if cluster.logs else Path(os.getcwd()) / ".retort" / "logs"

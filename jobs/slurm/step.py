@@ -1,0 +1,207 @@
+"""What a batch script does around the ranks: `python -m jobs.slurm.step begin|end --run ID --store URI --logs DIR`.
+
+begin: every node checks what it sees, and the first one takes the run for this job. end: what became of the attempt is
+written down, and the script learns from the exit code whether SLURM is to start the job again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from core.storage import MissingObject, StoreError
+from jobs import inputs
+from jobs.errors import NOT_READY, OK, PREEMPTED, NotReady, describe, exit_code
+from jobs.launchers.ending import STOP_SIGNALS, Exit, is_failure, order, reason, verdict
+from jobs.logkeeper import LogKeeper
+from jobs.record import ACTIVE, Run, State, Transition
+from jobs.slurm import queue
+from jobs.slurm.script import CANCELLED, NOTHING
+
+SRUN_SAYS = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+SIGNALLED = {signal.strsignal(number) or "": int(number) for number in signal.valid_signals()}
+REASON_LINES = 12
+MOST_BLIND = 10  # starts of a job that cannot write down how it ended, because the store is away
+
+
+def main(arguments: list[str]) -> int:
+    for signum in STOP_SIGNALS:  # are for the ranks
+        signal.signal(signum, signal.SIG_IGN)
+    options = _options(arguments)
+    try:
+        run, job = Run(options.store, options.run), job_id(os.environ)
+        if options.what == "begin":
+            return begin(run, job, Path(options.logs))
+        return end(run, job, Path(options.logs), Path(options.said), options.code, options.begun)
+    except Exception as error:
+        print(describe(error), file=sys.stderr, flush=True)
+        return exit_code(error) or 1
+
+
+def begin(run: Run, job: str, logs: Path) -> int:
+    """0: go on, with the attempt's number on standard output."""
+    check(run)
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return OK
+    own = {"launcher": "slurm", "job": job, "slurm": os.environ.get("SLURM_CLUSTER_NAME", ""), "logs": str(logs),
+           "ranks": int(os.environ.get("SLURM_NTASKS", "1")), "nodes": int(os.environ["SLURM_NNODES"])}  # fmt: skip
+    attempt = take(run, job, own)
+    if attempt is None:
+        return NOTHING
+    (logs / f"attempt-{attempt:04d}").mkdir(parents=True, exist_ok=True)
+    print(f"{attempt:04d}", flush=True)
+    return OK
+
+
+def check(run: Run) -> None:
+    """Raises NotReady, StoreError: what this node lacks."""
+    for lack in filter(None, [*inputs.packages(), inputs.check_store(run.root)]):
+        raise NotReady(f"node {socket.gethostname()}: {lack.what}\n  -> {lack.how}")
+    if not run.exists():
+        raise NotReady(
+            f"node {socket.gethostname()}: there is no run {run.id} in {run.root}; a folder must be one that the nodes "
+            "share with the machine that submits: STORE=file:///shared/folder or STORE=s3://bucket/prefix"
+        )
+
+
+def take(run: Run, job: str, own: dict[str, Any]) -> int | None:
+    """Make the run this job's; returns the attempt's number, or None when there is nothing for this job to do."""
+    last = run.last()
+    handle = run.handle(last)
+    mine = handle.get("job") == job
+    if last.state == State.QUEUED and mine:
+        return last.attempt
+    if last.state == State.SUCCEEDED or (last.state == State.CANCELLED and mine):
+        print(f"{run.id} is {last.state}: nothing to do", file=sys.stderr, flush=True)
+        return None
+    if not mine and last.state != State.CREATED:
+        look = run.look(last)
+        if look.alive or (look.alive is None and run.view().active):
+            words = f"{run.id} is {last.state} already, as attempt {last.attempt} ({look.text or handle})"
+            print(words, file=sys.stderr, flush=True)
+            return None
+    if last.state in ACTIVE:
+        run.move(State.PREEMPTED, last.attempt, only_from=last.state, reason=_why_cut(job, mine, run, last))
+        last = run.last()
+    return run.move(State.QUEUED, last.attempt + 1, only_from=last.state, **(handle if mine else own)).attempt
+
+
+def end(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> int:
+    """0: done; 75: start the job again; CANCELLED; else failed.  code, said: of srun.  begun: ranks were started."""
+    if not begun and inputs.check_store(run.root):
+        return NOT_READY  # which `said` says already, and nothing can be written down
+    try:
+        last = run.last()
+    except MissingObject as error:
+        print(describe(error), file=sys.stderr, flush=True)
+        return NOT_READY
+    except StoreError as error:  # away since the attempt began: another start may find it again
+        print(describe(error), file=sys.stderr, flush=True)
+        tries = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return PREEMPTED if tries < MOST_BLIND else NOT_READY
+    folder = logs / f"attempt-{last.attempt:04d}"
+    LogKeeper(run, folder).close()
+    handle = run.handle(last)
+    if handle.get("job") != job:
+        return OK  # somebody else's by now
+    failure = _failure(said.read_text(errors="replace") if said.is_file() else "", code)
+    found = verdict(last, last.attempt, failure, quiet=code == 0)
+    if found.state is not None:
+        why = _reason(failure, folder, said) if failure else found.reason
+        print(why, flush=True)
+        run.move(found.state, last.attempt, only_from=last.state, reason=why, rank=failure.rank if failure else None)
+    if last.state == State.CANCELLED:
+        return CANCELLED
+    if not found.again or not _allowed(run, job):
+        return OK if found.code == OK else 1
+    last = run.last()
+    run.move(State.QUEUED, last.attempt + 1, only_from=last.state, **handle)
+    return PREEMPTED
+
+
+def job_id(environment: Any) -> str:
+    """As squeue names it: 12, or 12_3 for a task of an array."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return str(environment["SLURM_JOB_ID"])
+
+
+def _why_cut(job: str, mine: bool, run: Run, last: Transition) -> str:
+    """Why an attempt ended without a word."""
+    if not mine:
+        return f"lost: {run.look(last).text}"
+    states = [state for state in queue.tries(job)[:-1] if state]
+    how = f" ({states[-1]})" if states else ""
+    return f"SLURM ended the job{how} before the attempt could say so, and started it again"
+
+
+def _failure(said: str, code: int) -> Exit | None:
+    """The rank that ended the attempt before its time, by what srun said; rank -1 when srun itself failed."""
+    if code == 0:
+        return None
+    ends = list(exits(said))
+    bad = [each for each in ends if is_failure(each, stopped=True)]
+    if bad:
+        return min(bad, key=order)
+    asked = ends or code == PREEMPTED or code - 128 in map(int, STOP_SIGNALS)
+    return None if asked else Exit(-1, NOT_READY)
+
+
+def exits(said: str) -> list[Exit]:
+    """How tasks ended, from srun's messages, in the order in which it saw them."""
+    found = []
+    for _, tasks, how in SRUN_SAYS.findall(said):
+        code = re.match(r"Exited with exit code (\d+)", how)
+        number = SIGNALLED.get(how.partition(" (core dumped)")[0].strip())
+        if code or number:
+            found += [Exit(rank, int(code[1]) if code else -int(number or 0)) for rank in _numbers(tasks)]
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    """`0,2-3` -> [0, 2, 3]"""
+    spans = [part.partition("-") for part in text.split(",")]
+    return [n for first, _, last in spans for n in range(int(first), int(last or first) + 1)]
+
+
+def _reason(failure: Exit, folder: Path, said: Path) -> str:
+    if failure.rank >= 0:
+        return reason(failure, folder / f"rank-{failure.rank:04d}.log")
+    lines = said.read_text(errors="replace").strip().splitlines() if said.is_file() else []
+    return "\n".join(["the ranks could not be started:", *lines[-REASON_LINES:]])
+
+
+def _allowed(run: Run, job: str) -> bool:
+    """Whether launch.max_attempts and launch.deadline_h leave room for another start of this job."""
+    launch, moves = run.recipe().launch, run.transitions()
+    since = next(t for t in moves if t.info.get("job") == job)
+    failed = sum(t.state == State.FAILED for t in moves if t.number > since.number)
+    if failed >= launch.max_attempts:
+        print(f"no further attempt: {failed} have failed and launch.max_attempts is {launch.max_attempts}", flush=True)
+        return False
+    late = bool(launch.deadline_h) and time.time() - since.time > 3600 * launch.deadline_h
+    if late:
+        print("no further attempt: launch.deadline_h is over", flush=True)
+    return not late
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="jobs.slurm.step")
+    parser.add_argument("what", choices=("begin", "end"))
+    for name in ("run", "store", "logs"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--said", default="")
+    parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--begun", action="store_true")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,282 @@
+"""Runs on a real SLURM: two nodes with an address each, accounting, preemption, and every way in which jobs end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from core.config import load
+from core.metrics import read_metrics
+from core.storage import open_store
+from jobs import launchers
+from jobs.cluster import load as load_cluster
+from jobs.errors import JobError
+from jobs.record import Run, State
+from tests.conftest import Slurm
+from tests.system.cli import Shell, run_id, wait_for
+
+pytestmark = pytest.mark.system
+
+RANDOM = "teachers.digits_masked.weights=random teachers.digits_supervised.weights=random"
+SHORT = f"train.steps=40 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
+LONG = f"train.steps=160 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
+SMOKE = ("--profile", "smoke", "--set")
+
+
+class Site:
+    """A user's folder and store, and the cluster that they submit to."""
+
+    def __init__(self, folder: Path, slurm: Slurm, store: str = "") -> None:
+        self.root, self.slurm = store or f"file://{folder}/store", slurm
+        self.shell = Shell(folder, RETORT_STORE=self.root, RETORT_CLUSTER="", **slurm.env)
+
+    def submit(self, *arguments: str, steps: str = SHORT, code: int = 0) -> str:
+        return self.shell("submit", "demo", *SMOKE, steps, "--launcher", "slurm", *arguments, code=code)
+
+    def run(self, name: str) -> Run:
+        return Run(self.root, name)
+
+    def job(self, name: str) -> str:
+        run = self.run(name)
+        return str(run.handle(run.last())["job"])
+
+    def ranks(self, name: str) -> list[int]:
+        """Processes that train, those of the first node first."""
+        return [pid for node in (1, 2) for pid in self.slurm.processes(node) if _is_rank(pid, name)]
+
+    def losses(self, name: str) -> dict[int, float]:
+        rows = read_metrics(open_store(f"{self.root}/runs/{name}"))
+        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+    def trains(self, name: str, attempt: int) -> None:
+        """Wait until this attempt has made some steps."""
+
+        def working() -> bool:
+            beat = self.run(name).view().heartbeat
+            return bool(beat.get("attempt") == attempt and beat.get("step"))
+
+        wait_for(f"attempt {attempt} at work", working)
+
+    def ends(self, name: str, state: State = State.SUCCEEDED) -> None:
+        wait_for(f"{name} {state}", lambda: self.run(name).last().state == state)
+
+    def leaves(self, job: str) -> None:
+        wait_for(f"job {job} out of the queue", lambda: not self.slurm.run("squeue", "--noheader", f"--jobs={job}"))
+
+    def sacct(self, job: str) -> list[str]:
+        out = self.slurm.run("sacct", "-D", "-X", "-n", "-P", f"--jobs={job}", "--format=State")
+        return [line.split()[0] for line in out.splitlines()]
+
+
+def _is_rank(pid: int, name: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return False
+    return "jobs.worker" in words and name in words and not words[0].endswith("srun")
+
+
+@pytest.fixture
+def site(tmp_path: Path, slurm: Slurm) -> Site:
+    return Site(tmp_path, slurm)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the long run that nobody interrupts, made on this machine without SLURM."""
+    folder = tmp_path_factory.mktemp("whole")
+    shell = Shell(folder)
+    name = shell.submit("demo", *SMOKE, LONG, "--launcher", "local", "--store", f"file://{folder}/store")
+    rows = read_metrics(open_store(f"file://{folder}/store/runs/{name}"))
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
+    site: Site, whole: dict[int, float]
+) -> None:
+    cluster = site.shell.folder / "site.yaml"
+    cluster.write_text("time_min: 2\n")  # of which launch.grace_s and a minute are for saving
+    name = run_id(site.submit("--cluster", str(cluster), "--detach", steps=f"{LONG} launch.grace_s=25"))
+    job, slurm = site.job(name), site.slurm
+
+    site.trains(name, 1)
+    shown = site.shell("status", name)
+    assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
+    assert re.search(r"progress .*step \d+/160, loss .* img/s.* ETA", shown)
+    wait_for("the time limit's signal", lambda: site.run(name).last().attempt == 2)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+    site.trains(name, 2)
+    os.kill(site.ranks(name)[-1], signal.SIGUSR1)  # of the second node only
+    site.trains(name, 3)
+    slurm.run("scontrol", "requeue", job)
+    site.trains(name, 4)
+    slurm.run("sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=2", "--output=/dev/null", "--wrap=sleep 1")
+    site.trains(name, 5)
+    slurm.kill_node(2)
+    lost = ("sinfo", "--noheader", "--Node", "--states=down,no_respond", "--format=%N")
+    wait_for("SLURM to notice", lambda: "rn2" in slurm.run(*lost))
+    slurm.start_node(2)
+    site.ends(name)
+    site.leaves(job)
+
+    assert site.losses(name) == whole, "bit for bit"
+    moves = [(t.state, t.attempt, t.info.get("reason", "")) for t in site.run(name).transitions()]
+    ends = [(state, reason) for state, _, reason in moves if state in (State.PREEMPTED, State.FAILED)]
+    assert [attempt for state, attempt, _ in moves if state == State.QUEUED] == [1, 2, 3, 4, 5, 6]
+    assert ends[0] == (State.PREEMPTED, "asked to stop (SIGUSR2 received)")
+    assert ends[1] == (State.PREEMPTED, "asked to stop (by another rank: its log says why)")
+    assert ends[2] == ends[3] == (State.PREEMPTED, "asked to stop (SIGTERM received)")
+    assert "connection" in ends[4][1].lower() or "SLURM ended the job" in ends[4][1]
+    wait_for("accounting", lambda: site.sacct(job)[-1] == "COMPLETED")
+    assert len(site.sacct(job)) == 6
+    told = site.shell("status", name)
+    assert "preempted (attempt 1): asked to stop (SIGUSR2 received)" in told
+    assert "attempt 6 went on from step" in told
+    logs = site.shell("logs", name, "--rank", "1", "--follow")
+    assert "rank-0001.log" in logs
+    assert "rank-0000.log" not in logs
+    assert re.search(r"rank 1 of 2 on rn2 .*MASTER_ADDR=10\.88\.\d+\.11 .*GLOO_SOCKET_IFNAME=eth0", logs)
+
+
+def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(site: Site) -> None:
+    name = run_id(site.submit("--detach", steps=LONG.replace("160", "4000")))
+    job = site.job(name)
+    site.trains(name, 1)
+    waiting = run_id(site.submit("--detach", "--set", "seed=1", "--after", "export"))
+    site.slurm.run("scontrol", "hold", site.job(waiting))
+    site.shell("cancel", waiting)
+    site.leaves(site.job(waiting))
+    assert not site.slurm.run("squeue", "--noheader", "--name", f"retort-{waiting}"), "nor is its export left"
+    reached = max(site.losses(name), default=0)
+    assert "ended" in site.shell("cancel", name)
+    site.leaves(job)
+    wait_for("accounting", lambda: site.sacct(job) == ["CANCELLED"])
+    assert site.run(name).last().state == State.CANCELLED
+    steps = [each["step"] for each in site.shell.status(name)["checkpoints"]]
+    assert max(steps) >= reached, "what had been trained is kept"
+    assert site.run(waiting).last().state == State.CANCELLED
+
+
+def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(site: Site) -> None:
+    first = run_id(site.submit("--set", "train.lr=1e-3"))
+    sweep = ("--sweep", "train.lr=1e-3,2e-3,3e-3", "--after", "eval,export")
+    out = site.submit(*sweep)
+    assert f"{first} is already done" in out
+    name = out.strip().splitlines()[-1].removeprefix("sweep: ")
+    runs = [line.split(":")[0] for line in out.splitlines() if "attempt 1 submitted" in line]
+    assert len(runs) == 2
+    assert re.fullmatch(r"\d+_0", site.job(runs[0]))
+    assert site.job(runs[1]) == site.job(runs[0]).replace("_0", "_1")
+    for run in runs:
+        site.ends(run)
+        wait_for("export", lambda run=run: site.run(run).store.size("export/model.safetensors"))
+        wait_for("evaluation", lambda run=run: site.run(run).store.size("evaluations/linear.json"))
+    table = site.shell("status", "--sweep", name)
+    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+40\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
+    assert "knn top1" in table
+    before = site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID")
+    again = site.submit(*sweep)
+    assert again.count("is already done") == 3
+    assert site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID") == before, "nothing is submitted twice"
+
+
+def test_a_rendered_script_submitted_by_hand_ends_in_the_same_record(site: Site) -> None:
+    out = site.shell("manifests", "demo", *SMOKE, SHORT, "--launcher", "slurm")
+    name, path = run_id(out), Path(out.splitlines()[-3])
+    try:
+        job = site.slurm.run("sbatch", "--parsable", str(path))
+        site.ends(name)
+        site.leaves(job)
+        assert site.job(name) == job
+        assert [t.state for t in site.run(name).transitions()] == ["created", "queued", "running", "succeeded"]
+        again = site.slurm.run("sbatch", "--parsable", str(path))
+        site.leaves(again)
+        wait_for("accounting", lambda: site.sacct(again) == ["COMPLETED"])
+        assert site.run(name).last().number == 3, "it found nothing to do"
+    finally:
+        path.unlink()
+
+
+def test_of_submissions_at_once_one_works_and_a_job_that_vanished_is_found(site: Site) -> None:
+    site.slurm.run("sbatch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    outs: list[str] = []
+    both = [threading.Thread(target=lambda: outs.append(site.submit("--detach"))) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    name = run_id(outs[0])
+    assert run_id(outs[1]) == name
+    assert sorted("is already queued" in out for out in outs) == [False, True]
+    assert site.slurm.run("squeue", "--noheader", "--format=%i", f"--name=retort-{name}") == site.job(name)
+    assert f"SLURM job {site.job(name)} PENDING" in site.submit("--detach"), "and the existing one is shown"
+    site.slurm.run("scancel", site.job(name))
+    site.leaves(site.job(name))
+    told = site.shell("status", name)
+    assert re.search(r"state +lost", told)
+    assert re.search(r"reason +SLURM job \d+ is CANCELLED", told)
+    assert f"make resume RUN={name}" in told
+    site.slurm.clear()
+    site.shell("resume", name, "--launcher", "slurm")
+    assert site.run(name).last().state == State.SUCCEEDED
+
+
+def test_a_node_that_does_not_reach_the_store_says_so_before_anything_is_loaded(
+    tmp_path: Path, slurm: Slurm, bucket: str
+) -> None:
+    site = Site(tmp_path, slurm, bucket)  # its server listens on this machine's loopback, which no node sees
+    name = run_id(site.submit("--detach", "--set", "launch.max_attempts=1"))
+    site.leaves(site.job(name))
+    told = site.shell("status", name)
+    assert re.search(r"reason +SLURM job \d+ is FAILED", told)
+    assert "error: node rn1: store: " in told
+    assert "error: node rn2: store: " in told
+    assert "no answer from 127.0.0.1" in told
+    wait_for("accounting", lambda: site.sacct(site.job(name)) == ["FAILED"])  # and it is not tried again
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ranks", "words"),
+    [("partition: nowhere", 1, "there is no partition 'nowhere'; this cluster has closed, high, main, short"),
+     ("partition: closed", 1, "partition closed is DOWN"),
+     ("gpus_per_node: 4", 4, "4 GPUs on a node are wanted; nodes of partition main have 2 at most"),
+     ("{gpus_per_node: 1, gpu_type: h100}", 1, "1 h100 on a node are wanted; nodes of partition main have 0"),
+     ("{partition: short, time_min: 30}", 1, "30 minutes are wanted; partition short allows 2 at most"),
+     ("mem_gb: 64", 1, "64 GB on a node are wanted; nodes of partition main have 4 at most"),
+     ("cpus_per_task: 8", 1, "1 ranks of 8 CPUs need 8 on a node; nodes of partition main have 2"),
+     ("{}", 4, "4 ranks need 4 nodes of 1; partition main gives a job 2 at most"),
+     ("shared: [/nowhere]", 1, "the nodes do not see"),
+     ("python: /nowhere/python", 1, "there is no /nowhere/python here"),
+     ("{container: apptainer, image: /nowhere.sif}", 1, "there is no file /nowhere.sif")],
+)  # fmt: skip
+def test_what_slurm_would_not_do_is_refused_in_clear_words(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, cluster: str, ranks: int, words: str
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    path = tmp_path / "site.yaml"
+    path.write_text(cluster)
+    launcher = launchers.find("slurm").at(load_cluster(str(path)))
+    recipe = load("demo", dotlist=[f"launch.ranks={ranks}", "launch.device=auto", "train.micro_batch=16"])
+    with pytest.raises(JobError, match=re.escape(words)):
+        launcher.check(recipe, f"file://{tmp_path}/store", launcher.place(recipe))
+
+
+def test_what_sbatch_refuses_is_told_in_its_own_words_and_leaves_nothing(site: Site) -> None:
+    path = site.shell.folder / "site.yaml"
+    path.write_text("extra: {nodelist: rn7}")
+    out = site.submit("--cluster", str(path), "--detach", code=3)
+    assert "sbatch refuses the job. SLURM says: error: " in out
+    assert "rn7" in out or "node" in out.lower()
+    assert not site.slurm.run("squeue", "--noheader")
+
+
+def test_without_slurm_s_programs_the_message_says_where_to_submit(tmp_path: Path) -> None:
+    shell = Shell(tmp_path, RETORT_STORE=f"file://{tmp_path}/store", PATH="/nowhere")
+    out = shell("submit", "demo", *SMOKE, SHORT, "--launcher", "slurm", code=3)
+    assert "there is no sinfo on this machine: submit from a login node of the cluster" in out
