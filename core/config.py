@@ -114,7 +114,7 @@ class Launch:
     device: str = "auto"  # auto | cpu | cuda
     ranks: int = 0  # 0 = one per GPU, or two on CPU
     threads: int = 0  # intra-op threads per rank on CPU; 0 = cores / ranks
-    max_attempts: int = 3  # of one submission
+    max_attempts: int = 3  # of one submission; on SLURM, such as fail
     backoff_s: float = 10.0  # pause before the second attempt, doubled before each further one, an hour at most
     deadline_h: float = 0.0  # no further attempt so long after the submission; 0 = none
     time_limit_min: float = 0.0  # an attempt saves and leaves after so long; 0 = none

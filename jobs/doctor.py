@@ -13,10 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import inputs
+from jobs import inputs, launchers
 from jobs.errors import NOT_READY, OK, redact
 from jobs.placement import Placement, gpu_count
 from jobs.settings import Settings
+from jobs.slurm import queue
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield disk("shared memory", Path("/dev/shm"), SHM_GB, 'containers: --shm-size=8g; or SET="loader.workers=0"')
     yield store(root)
     yield trial("collectives", "run `python -m jobs.collective cpu` by hand to see more", lambda: collective(recipe))
+    if settings.cluster or queue.answers():
+        yield trial("SLURM", "see the cluster file", lambda: scheduler(settings, recipe, root))
     if recipe:
         yield from needs(recipe, root)
 
@@ -114,6 +117,17 @@ def trial(name: str, fix: str, attempt: Callable[[], str]) -> Finding:
         return Finding(name, attempt())
     except Exception as error:  # whatever is wrong with this machine: it is what the user wants to read
         return Finding(name, redact(f"{type(error).__name__}: {error}"), fix)
+
+
+def scheduler(settings: Settings, recipe: Recipe | None, root: str) -> str:
+    """The partition that jobs go to, when it gives the recipe what it wants.  Raises JobError."""
+    cluster = settings.site()
+    part = queue.partition(cluster.partition)
+    if recipe:
+        launcher = launchers.find("slurm").at(cluster)
+        launcher.check(recipe, root, launcher.place(recipe))
+    gpus = part.gpus_per_node.get("", 0)
+    return f"partition {part.name}: {part.nodes} nodes, of {part.cpus_per_node} CPUs and {gpus} GPUs"
 
 
 def collective(recipe: Recipe | None) -> str:

@@ -97,6 +97,9 @@ def _reach(run: Store, key: str, world: int) -> tuple[Any, str]:
         if store.get("retort").decode() == about["token"]:
             if far:
                 store.set("reached", address)
+            elif int(os.environ.get("SLURM_NNODES", "1")) > 1:  # here every address answers; that one must serve all
+                _wait(store, "reached")
+                own = store.get("reached").decode()
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(about["port"])}
             return store, own
     raise NotReady(

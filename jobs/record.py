@@ -39,7 +39,7 @@ LEGAL = {
     State.QUEUED: {State.RUNNING, State.PREEMPTED, State.FAILED, State.CANCELLED},
     State.RUNNING: {State.PREEMPTED, State.SUCCEEDED, State.FAILED, State.CANCELLED},
     State.PREEMPTED: {State.QUEUED, State.FAILED, State.CANCELLED},
-    State.FAILED: {State.QUEUED},
+    State.FAILED: {State.QUEUED, State.CANCELLED},
     State.CANCELLED: {State.QUEUED},
     State.SUCCEEDED: set(),
 }
@@ -68,6 +68,7 @@ class View:
     last: Transition
     heartbeat: dict[str, Any]
     lost: str = ""  # why the run, though queued or running by its record, has nobody working on it
+    coming: bool = False  # it rests, and whoever works on it is about to begin another attempt
 
     @property
     def shown(self) -> str:
@@ -75,7 +76,7 @@ class View:
 
     @property
     def active(self) -> bool:
-        return self.last.state in ACTIVE and not self.lost
+        return self.coming or (self.last.state in ACTIVE and not self.lost)
 
 
 ID = r"[a-z0-9][a-z0-9-]*"
@@ -181,7 +182,9 @@ class Run:
         """State, progress and whether anybody still works on it.  Raises MissingObject."""
         last = self.last()
         heartbeat = self._json("heartbeat.json")
-        return View(self.id, last, heartbeat, self._lost(last, heartbeat) if last.state in ACTIVE else "")
+        lost = self._lost(last, heartbeat) if last.state in ACTIVE else ""
+        coming = last.state in (State.PREEMPTED, State.FAILED) and bool(self.look(last).alive)
+        return View(self.id, last, heartbeat, lost, coming)
 
     def handle(self, last: Transition) -> dict[str, Any]:
         """What the launcher wrote down when it queued the attempt of `last`; empty before the first."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.storage import StoreError
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Launcher, Look, Order
@@ -20,22 +24,26 @@ if TYPE_CHECKING:
     from jobs.slurm.script import Script
 
 
+LOOK_S = 4.0  # for which an answer of SLURM's holds
+
+
 class Slurm(Launcher):
     """One task per rank under a batch script made from slurm/job.sbatch."""
 
     name = "slurm"
-    shares_tree = True  # but for images, which hold their own code
     queues = True
 
     def __init__(self, cluster: Cluster | None = None) -> None:
         self.cluster = cluster or Cluster()
+        self.shares_tree = not self.cluster.container  # an image holds its own code
+        self._seen: dict[str, tuple[float, Look]] = {}  # by job; who follows a run must not wear SLURM out
 
     def at(self, cluster: Cluster) -> Slurm:
         return Slurm(cluster)
 
     def gpus(self) -> int:
-        """Of a node: a run may have as many nodes as it asks for."""
-        return self.cluster.gpus_per_node
+        """As many as a run asks for, where nodes have any: `check` asks the partition."""
+        return sys.maxsize if self.cluster.gpus_per_node else 0
 
     def place(self, recipe: Recipe) -> Placement:
         own = self.cluster
@@ -68,7 +76,11 @@ class Slurm(Launcher):
         if own.mem_gb * 1024 > part.mem_mb_per_node:
             raise UserError(f"mem_gb: {own.mem_gb:g} GB on a node are wanted; nodes of partition {part.name} have "
                             f"{part.mem_mb_per_node / 1024:.0f} at most")  # fmt: skip
-        limit = script.limit_min(recipe, own)
+        limit, lead_s = script.limit_min(recipe, own), script.lead_s(recipe)
+        if 60 * (limit or part.default_time_min) <= lead_s:
+            ends = limit or part.default_time_min
+            raise UserError(f"time_min: jobs end after {ends:g} minutes, and {lead_s} s of them are for saving "
+                            "(launch.grace_s and a minute): allow more, or set launch.grace_s lower")  # fmt: skip
         if limit > part.max_time_min:
             most = part.max_time_min
             raise UserError(f"time_min: {limit} minutes are wanted; partition {part.name} allows {most:.0f} at "
@@ -89,20 +101,27 @@ class Slurm(Launcher):
         except SlurmError:
             queue.call("scancel", array)
             raise
-        won = []
-        for i, (order, job) in enumerate(zip(orders, jobs, strict=True)):
-            later = {verb: own if len(orders) == 1 else f"{own}_{i}" for verb, own in after.items()}
-            info = {**order.info, **asdict(placement), "launcher": self.name, "job": job, "after": later,
-                    "slurm": queue.cluster_name(), "logs": str(folder / order.run.id)}  # fmt: skip
-            try:
-                order.run.move(State.QUEUED, order.attempt, **info)
-                order.run.write_recipe(to_yaml(order.recipe))
-                won.append(True)
-            except IllegalMove:
-                queue.call("scancel", job, *later.values())
-                won.append(False)
-        if any(won):
-            queue.call("scontrol", "release", array)
+        won: list[bool] = []
+        try:
+            for i, (order, job) in enumerate(zip(orders, jobs, strict=True)):
+                later = {verb: own if len(orders) == 1 else f"{own}_{i}" for verb, own in after.items()}
+                info = {**order.info, **asdict(placement), "launcher": self.name, "job": job, "after": later,
+                        "slurm": queue.cluster_name(), "logs": str(folder / order.run.id)}  # fmt: skip
+                won.append(_claim(order, info))
+                if won[-1]:
+                    order.run.write_recipe(to_yaml(order.recipe))
+                else:
+                    queue.call("scancel", job, *later.values())
+            if any(won):
+                queue.call("scontrol", "release", array)
+        except BaseException as error:  # a job that stays held for ever would look as if it waited
+            with suppress(SlurmError):
+                queue.call("scancel", array, *after.values())
+            for order, mine in zip(orders, won, strict=False):
+                with suppress(IllegalMove, StoreError):
+                    if mine:
+                        order.run.move(State.FAILED, order.attempt, reason=f"not submitted: {redact(str(error))}")
+            raise
         return won
 
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
@@ -122,6 +141,13 @@ class Slurm(Launcher):
         return True
 
     def look(self, info: Mapping[str, Any]) -> Look:
+        when, look = self._seen.get(info["job"], (0.0, Look(None)))
+        if not when or time.monotonic() - when > LOOK_S:
+            look = self._look(info)
+            self._seen[info["job"]] = time.monotonic(), look
+        return look
+
+    def _look(self, info: Mapping[str, Any]) -> Look:
         try:
             if info.get("slurm") and info["slurm"] != queue.cluster_name():
                 return Look(None)
@@ -135,6 +161,14 @@ class Slurm(Launcher):
 
 
 LAUNCHER = Slurm()
+
+
+def _claim(order: Order, info: dict[str, Any]) -> bool:
+    try:
+        order.run.move(State.QUEUED, order.attempt, **info)
+    except IllegalMove:
+        return False
+    return True
 
 
 def _said(info: Mapping[str, Any]) -> str:

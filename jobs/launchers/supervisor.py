@@ -96,6 +96,8 @@ class Supervisor:
         self._asked.clear()
         try:
             last = self._patiently(self.run.last)
+            if last.state not in (State.PREEMPTED, State.FAILED):
+                raise IllegalMove(f"run {self.run.id} is {last.state}")
             self._patiently(lambda: self.run.move(State.QUEUED, attempt, only_from=last.state, **self.info))
         except IllegalMove as error:  # cancelled or resumed elsewhere in the meantime
             print(error, flush=True)

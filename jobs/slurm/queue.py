@@ -41,6 +41,7 @@ class Partition:
     nodes: int
     max_nodes: float
     max_time_min: float
+    default_time_min: float  # of jobs that name none
     gpus_per_node: dict[str, int]  # most on any node, by type; "" = of any type
     cpus_per_node: int
     mem_mb_per_node: int
@@ -134,10 +135,12 @@ def partition(name: str) -> Partition:
     for gres, _, _ in rows:
         for kind, count in gres_counts(gres).items():
             gpus[kind] = max(gpus.get(kind, 0), count)
+    longest = minutes(found["MaxTime"])
+    cpus, memory = ([int(row[i].rstrip("+")) for row in rows] for i in (1, 2))
     return Partition(
-        wanted, int(found["TotalNodes"]), float(found["MaxNodes"].replace("UNLIMITED", "inf")),
-        minutes(found["MaxTime"]), gpus, max((int(row[1].rstrip("+")) for row in rows), default=0),
-        max((int(row[2].rstrip("+")) for row in rows), default=0), found.get("State", "UP"),
+        wanted, int(found["TotalNodes"]), float(found["MaxNodes"].replace("UNLIMITED", "inf")), longest,
+        min(minutes(found.get("DefaultTime", "NONE")), longest), gpus, max(cpus, default=0), max(memory, default=0),
+        found.get("State", "UP"),
     )  # fmt: skip
 
 

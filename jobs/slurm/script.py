@@ -7,13 +7,14 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cluster import Cluster
 from jobs.errors import PREEMPTED
 from jobs.placement import Placement
+from jobs.settings import Settings
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 TEMPLATES = REPOSITORY / "slurm"
 NOTHING, CANCELLED = 10, 11  # exit codes of jobs.slurm.step: nothing to do here; end the job as cancelled
 SIGNAL_EARLY_S = 60  # by which SLURM may send its signal too soon, and that starting again may take
+# What the shell that submits may have set for other programs, and what would lead ranks or images astray.
+FOREIGN = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 Directives = dict[str, str]
 
 
@@ -63,8 +66,10 @@ def after(
 ) -> Script:
     """The job that does `verb` on each run once its training has succeeded."""
     wait = f"{'aftercorr' if len(runs) > 1 else 'afterok'}:{job}"
-    own = {"nodes": "1", "ntasks-per-node": "1", **_resources(cluster, placement.device, 1),
-           **_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}  # fmt: skip
+    own = {"nodes": "1", "ntasks-per-node": "1", **_resources(cluster, placement.device, 1)}
+    if cluster.mem_gb:
+        own["mem"] = f"{round(cluster.mem_gb * 1024 / cluster.per_node)}M"  # one rank's share of a node
+    own |= {**_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}
     about = f"Does {verb} on {', '.join(runs)} after job {job}."
     words = {"verb": verb, "threads": str(placement.threads)}
     return _fill("after.sbatch", about, runs, root, logs, cluster, own, words)
@@ -114,8 +119,8 @@ def _fill(
         **words, "about": about, "template": template, "directives": render(directives),
         "setup": "\n".join(cluster.setup) or ": # nothing to set up", "runs": shlex.join(runs),
         "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
-        "store": shlex.quote(root), "logs": shlex.quote(str(logs)), "place": shlex.join(place),
-        "retort": shlex.join(retort),
+        "store": shlex.quote(root), "logs": shlex.quote(str(logs)), "place": place,
+        "retort": shlex.join(retort), "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN]),
     }  # fmt: skip
     text = (TEMPLATES / template).read_text()
     return Script(directives, re.sub(r"@([a-z_]+)@", lambda found: given[found[1]], text))
@@ -126,17 +131,18 @@ def render(directives: Directives) -> str:
     return "\n".join(f"#SBATCH --{key}{value}" for key, value in given.items())
 
 
-def _container(cluster: Cluster) -> tuple[list[str], list[str]]:
-    """Options of srun, and the command that runs Python where Retort is."""
+def _container(cluster: Cluster) -> tuple[str, list[str]]:
+    """Options of srun, as shell, and the command that runs Python where Retort is."""
     if cluster.container == "apptainer":
         binds = [word for mount in cluster.mounts for word in ("--bind", mount)]
         nv = ["--nv"] if cluster.gpus_per_node else []
-        return [], ["apptainer", "exec", *nv, *binds, cluster.image, cluster.python or "python"]
+        return "", ["apptainer", "exec", "--pwd", "/", *nv, *binds, cluster.image, cluster.python or "python"]
     if cluster.container == "pyxis":
         mounts = [f"--container-mounts={','.join(cluster.mounts)}"] if cluster.mounts else []
-        place = [f"--container-image={cluster.image}", *mounts, "--no-container-mount-home"]
-        return place, [cluster.python or "python"]
-    return [], [cluster.python or sys.executable]
+        place = [f"--container-image={cluster.image}", *mounts, "--no-container-mount-home", "--container-workdir=/"]
+        # Named, so that the steps of a job share one container instead of unpacking it three times.
+        return f'{shlex.join(place)} "--container-name=retort-$SLURM_JOB_ID"', [cluster.python or "python"]
+    return "", [cluster.python or sys.executable]
 
 
 def _network(cluster: Cluster) -> dict[str, str]:

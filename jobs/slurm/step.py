@@ -16,18 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from core import commits
 from core.storage import MissingObject, StoreError
 from jobs import inputs
-from jobs.errors import NOT_READY, OK, PREEMPTED, NotReady, describe, exit_code
+from jobs.errors import NOT_READY, OK, PREEMPTED, NotReady, describe, exit_code, redact
 from jobs.launchers.ending import STOP_SIGNALS, Exit, is_failure, order, reason, verdict
 from jobs.logkeeper import LogKeeper
-from jobs.record import ACTIVE, Run, State, Transition
+from jobs.record import ACTIVE, IllegalMove, Run, State, Transition
 from jobs.slurm import queue
 from jobs.slurm.script import CANCELLED, NOTHING
 
 SRUN_SAYS = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+SRUN_ENDS = re.compile(r"Terminating StepId|Job step aborted|forcing job termination")
 SIGNALLED = {signal.strsignal(number) or "": int(number) for number in signal.valid_signals()}
+SIGNALLED["Out Of Memory"] = signal.SIGKILL
 REASON_LINES = 12
+STUCK = 8  # attempts in a row from the same step, after which there is no further one
 MOST_BLIND = 10  # starts of a job that cannot write down how it ended, because the store is away
 
 
@@ -54,7 +58,7 @@ def begin(run: Run, job: str, logs: Path) -> int:
            "ranks": int(os.environ.get("SLURM_NTASKS", "1")), "nodes": int(os.environ["SLURM_NNODES"])}  # fmt: skip
     attempt = take(run, job, own)
     if attempt is None:
-        return NOTHING
+        return NOTHING if run.last().state == State.SUCCEEDED else CANCELLED
     (logs / f"attempt-{attempt:04d}").mkdir(parents=True, exist_ok=True)
     print(f"{attempt:04d}", flush=True)
     return OK
@@ -95,34 +99,47 @@ def take(run: Run, job: str, own: dict[str, Any]) -> int | None:
 
 def end(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> int:
     """0: done; 75: start the job again; CANCELLED; else failed.  code, said: of srun.  begun: ranks were started."""
-    if not begun and inputs.check_store(run.root):
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if not begun and not restarts and inputs.check_store(run.root):
         return NOT_READY  # which `said` says already, and nothing can be written down
     try:
-        last = run.last()
+        return _conclude(run, job, logs, said, code, begun)
     except MissingObject as error:
         print(describe(error), file=sys.stderr, flush=True)
         return NOT_READY
     except StoreError as error:  # away since the attempt began: another start may find it again
         print(describe(error), file=sys.stderr, flush=True)
-        tries = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return PREEMPTED if tries < MOST_BLIND else NOT_READY
-    folder = logs / f"attempt-{last.attempt:04d}"
-    LogKeeper(run, folder).close()
-    handle = run.handle(last)
+        return PREEMPTED if restarts < MOST_BLIND else NOT_READY
+
+
+def _conclude(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> int:
+    last = run.last()
+    handle, folder = run.handle(last), logs / f"attempt-{last.attempt:04d}"
     if handle.get("job") != job:
         return OK  # somebody else's by now
-    failure = _failure(said.read_text(errors="replace") if said.is_file() else "", code)
-    found = verdict(last, last.attempt, failure, quiet=code == 0)
-    if found.state is not None:
-        why = _reason(failure, folder, said) if failure else found.reason
-        print(why, flush=True)
-        run.move(found.state, last.attempt, only_from=last.state, reason=why, rank=failure.rank if failure else None)
-    if last.state == State.CANCELLED:
-        return CANCELLED
-    if not found.again or not _allowed(run, job):
-        return OK if found.code == OK else 1
-    last = run.last()
-    run.move(State.QUEUED, last.attempt + 1, only_from=last.state, **handle)
+    LogKeeper(run, folder).close()
+    failure = _failure(said.read_text(errors="replace") if said.is_file() else "", code, begun)
+    again = True
+    while again:  # until nobody has moved the run in between
+        last = run.last()
+        found = verdict(last, last.attempt, failure, quiet=code == 0)
+        if last.state == State.CANCELLED:
+            return CANCELLED
+        try:
+            if found.state is not None:
+                why = _reason(failure, folder, said) if failure else found.reason
+                print(why, flush=True)
+                rank = failure.rank if failure and failure.rank >= 0 else None
+                run.move(found.state, last.attempt, only_from=last.state, reason=why, rank=rank)
+            if not found.again or not _allowed(run, job):
+                return OK if found.code == OK else 1
+            run.move(State.QUEUED, last.attempt + 1, only_from=found.state or last.state, **handle)
+            again = False
+        except IllegalMove as error:
+            print(error, flush=True)
+            again = run.last().state == State.CANCELLED
+            if not again:
+                return 1
     return PREEMPTED
 
 
@@ -142,26 +159,32 @@ def _why_cut(job: str, mine: bool, run: Run, last: Transition) -> str:
     return f"SLURM ended the job{how} before the attempt could say so, and started it again"
 
 
-def _failure(said: str, code: int) -> Exit | None:
-    """The rank that ended the attempt before its time, by what srun said; rank -1 when srun itself failed."""
-    if code == 0:
-        return None
-    ends = list(exits(said))
+def _failure(said: str, code: int, begun: bool) -> Exit | None:
+    """The rank that ended the attempt before its time, by what srun said; rank -1 when none was started."""
+    signalled = code - 128 in map(int, STOP_SIGNALS)
+    if not begun:
+        return None if signalled else Exit(-1, NOT_READY)
+    ends = exits(said)
     bad = [each for each in ends if is_failure(each, stopped=True)]
     if bad:
         return min(bad, key=order)
-    asked = ends or code == PREEMPTED or code - 128 in map(int, STOP_SIGNALS)
-    return None if asked else Exit(-1, NOT_READY)
+    return None if ends or signalled or code in (OK, PREEMPTED) else Exit(-1, NOT_READY)
 
 
 def exits(said: str) -> list[Exit]:
-    """How tasks ended, from srun's messages, in the order in which it saw them."""
-    found = []
-    for _, tasks, how in SRUN_SAYS.findall(said):
-        code = re.match(r"Exited with exit code (\d+)", how)
-        number = SIGNALLED.get(how.partition(" (core dumped)")[0].strip())
-        if code or number:
-            found += [Exit(rank, int(code[1]) if code else -int(number or 0)) for rank in _numbers(tasks)]
+    """How tasks ended, from srun's messages, in the order in which it saw them.
+
+    What srun ends itself, because one has failed and the others have not followed, is left out.
+    """
+    found: list[Exit] = []
+    for line in said.splitlines():
+        if SRUN_ENDS.search(line) and any(is_failure(each, stopped=True) for each in found):
+            break
+        if match := SRUN_SAYS.search(line):
+            code = re.match(r"Exited with exit code (\d+)", match[3])
+            number = SIGNALLED.get(match[3].partition(" (core dumped)")[0].strip())
+            if code or number:
+                found += [Exit(rank, int(code[1]) if code else -int(number or 0)) for rank in _numbers(match[2])]
     return found
 
 
@@ -175,7 +198,7 @@ def _reason(failure: Exit, folder: Path, said: Path) -> str:
     if failure.rank >= 0:
         return reason(failure, folder / f"rank-{failure.rank:04d}.log")
     lines = said.read_text(errors="replace").strip().splitlines() if said.is_file() else []
-    return "\n".join(["the ranks could not be started:", *lines[-REASON_LINES:]])
+    return redact("\n".join(["the ranks could not be started:", *lines[-REASON_LINES:]]))
 
 
 def _allowed(run: Run, job: str) -> bool:
@@ -185,6 +208,12 @@ def _allowed(run: Run, job: str) -> bool:
     failed = sum(t.state == State.FAILED for t in moves if t.number > since.number)
     if failed >= launch.max_attempts:
         print(f"no further attempt: {failed} have failed and launch.max_attempts is {launch.max_attempts}", flush=True)
+        return False
+    steps = [claim.step for claim in commits.claims(run.store)][-STUCK:]
+    if len(steps) == STUCK and len(set(steps)) == 1:
+        print(
+            f"no further attempt: {STUCK} in a row have begun at step {steps[0]}; do they get time enough?", flush=True
+        )
         return False
     late = bool(launch.deadline_h) and time.time() - since.time > 3600 * launch.deadline_h
     if late:

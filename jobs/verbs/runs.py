@@ -10,7 +10,7 @@ from jobs import launchers
 from jobs.errors import OK, UserError
 from jobs.follow import duration, progress_text
 from jobs.launchers import Launcher
-from jobs.record import ACTIVE, ENDED, Run, State, Transition, View
+from jobs.record import ENDED, Run, State, Transition, View
 from jobs.settings import Settings
 from jobs.table import table
 
@@ -119,7 +119,7 @@ def _clock(seconds: float) -> str:
 def _next(run: Run, view: View) -> str:
     if view.last.state == State.SUCCEEDED:
         return f"make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}"
-    if view.active or (view.last.state == State.PREEMPTED and run.look(view.last).alive):
+    if view.active:
         return f"make logs RUN={run.id}; make cancel RUN={run.id}"
     return f"make logs RUN={run.id}; make resume RUN={run.id}"
 
@@ -132,12 +132,12 @@ def cancel(settings: Settings) -> int:
         still = run.look(view.last).alive and _launcher_of(run.handle(view.last)).cancel(run.handle(view.last), True)
         print(f"{run.id} is already cancelled" + ("; what is left of it is ended now" if still else ""))
         return OK
-    if view.last.state in ENDED:
+    if view.last.state in ENDED and not view.coming:
         raise UserError(f"run {run.id} has already {view.last.state}: there is nothing to cancel")
     handle = run.handle(view.last)
     run.move(State.CANCELLED, by="cancel")
     launcher = _launcher_of(handle)
-    if view.last.state in ACTIVE and not view.lost and launcher.cancel(handle):
+    if view.active and launcher.cancel(handle):
         print(f"{run.id} is cancelled; its ranks save and end ...", flush=True)
         _wait_for_end(launcher, handle)
     elif view.active:

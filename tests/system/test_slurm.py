@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from jobs.cluster import load as load_cluster
 from jobs.errors import JobError
 from jobs.record import Run, State
 from tests.conftest import Slurm
-from tests.system.cli import Shell, run_id, wait_for
+from tests.system.cli import REPOSITORY, Shell, run_id, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -37,6 +38,14 @@ class Site:
 
     def submit(self, *arguments: str, steps: str = SHORT, code: int = 0) -> str:
         return self.shell("submit", "demo", *SMOKE, steps, "--launcher", "slurm", *arguments, code=code)
+
+    def make(self, verb: str, *variables: str) -> str:
+        """As a person types it; returns the run's id."""
+        command = ["make", "--no-print-directory", "-C", str(REPOSITORY), verb, "RECIPE=demo", "LAUNCHER=slurm"]
+        done = subprocess.run([*command, "PROFILE=smoke", f"STORE={self.root}", *variables], env=self.shell.env,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return run_id(done.stdout)
 
     def run(self, name: str) -> Run:
         return Run(self.root, name)
@@ -69,8 +78,12 @@ class Site:
         wait_for(f"job {job} out of the queue", lambda: not self.slurm.run("squeue", "--noheader", f"--jobs={job}"))
 
     def sacct(self, job: str) -> list[str]:
-        out = self.slurm.run("sacct", "-D", "-X", "-n", "-P", f"--jobs={job}", "--format=State")
-        return [line.split()[0] for line in out.splitlines()]
+        """How each start of a job ended, oldest first."""
+        out = self.slurm.run(
+            "sacct", "-D", "-X", "-n", "-P", f"--jobs={job}", "--format=State,ExitCode,Elapsed,NodeList"
+        )
+        print(f"$ sacct -D -X --jobs={job}\n{out}")
+        return [re.split(r"[ |]", line)[0] for line in out.splitlines()]
 
 
 def _is_rank(pid: int, name: str) -> bool:
@@ -164,24 +177,29 @@ def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(s
 
 
 def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(site: Site) -> None:
-    first = run_id(site.submit("--set", "train.lr=1e-3"))
+    cluster = site.shell.folder / "site.yaml"
+    cluster.write_text(f"logs: {site.shell.folder}/logs\n")
+    first = site.make("submit", f"CLUSTER={cluster}", f"SET={LONG} train.lr=1e-3")
     sweep = ("--sweep", "train.lr=1e-3,2e-3,3e-3", "--after", "eval,export")
-    out = site.submit(*sweep)
+    out = site.submit(*sweep, steps=LONG)
     assert f"{first} is already done" in out
     name = out.strip().splitlines()[-1].removeprefix("sweep: ")
     runs = [line.split(":")[0] for line in out.splitlines() if "attempt 1 submitted" in line]
     assert len(runs) == 2
     assert re.fullmatch(r"\d+_0", site.job(runs[0]))
     assert site.job(runs[1]) == site.job(runs[0]).replace("_0", "_1")
-    for run in runs:
+    site.trains(runs[1], 1)
+    site.slurm.run("scancel", "--signal=USR2", site.job(runs[1]))  # its number is the array's own
+    for run, attempts in zip(runs, (1, 2), strict=True):
         site.ends(run)
+        assert site.run(run).last().attempt == attempts, "of an array only the task that was told starts again"
         wait_for("export", lambda run=run: site.run(run).store.size("export/model.safetensors"))
         wait_for("evaluation", lambda run=run: site.run(run).store.size("evaluations/linear.json"))
     table = site.shell("status", "--sweep", name)
-    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+40\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
+    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+160\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
     assert "knn top1" in table
     before = site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID")
-    again = site.submit(*sweep)
+    again = site.submit(*sweep, steps=LONG)
     assert again.count("is already done") == 3
     assert site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID") == before, "nothing is submitted twice"
 
@@ -248,6 +266,7 @@ def test_a_node_that_does_not_reach_the_store_says_so_before_anything_is_loaded(
      ("gpus_per_node: 4", 4, "4 GPUs on a node are wanted; nodes of partition main have 2 at most"),
      ("{gpus_per_node: 1, gpu_type: h100}", 1, "1 h100 on a node are wanted; nodes of partition main have 0"),
      ("{partition: short, time_min: 30}", 1, "30 minutes are wanted; partition short allows 2 at most"),
+     ("partition: short", 1, "jobs end after 2 minutes, and 180 s of them are for saving"),
      ("mem_gb: 64", 1, "64 GB on a node are wanted; nodes of partition main have 4 at most"),
      ("cpus_per_task: 8", 1, "1 ranks of 8 CPUs need 8 on a node; nodes of partition main have 2"),
      ("{}", 4, "4 ranks need 4 nodes of 1; partition main gives a job 2 at most"),

@@ -77,15 +77,29 @@ def test_the_job_is_a_command_and_no_pickle() -> None:
     assert "pkl" not in text
 
 
+def test_options_of_the_submitting_make_do_not_reach_the_job() -> None:
+    line = next(line for line in training(Cluster()).splitlines() if line.startswith("unset "))
+    assert {"SET", "PROFILE", "RUN", "SWEEP", "STORE", "RANK", "MASTER_ADDR", "PYTHONPATH"} <= set(
+        line.partition("  #")[0].split()
+    )
+
+
 def test_python_comes_from_the_nodes_or_from_an_image() -> None:
     assert "retort=(/opt/venv/bin/python)" in training(RICH)
     image = Cluster(container="apptainer", image="/x y.sif", mounts=["/a:/b"], gpus_per_node=2)
-    assert "retort=(apptainer exec --nv --bind /a:/b '/x y.sif' python)" in training(image)
-    assert "PYTHONPATH" not in training(image), "the image has its own code"
+    assert "retort=(apptainer exec --pwd / --nv --bind /a:/b '/x y.sif' python)" in training(image)
+    assert " PYTHONPATH=" not in training(image), "the image has its own code"
     pyxis = Cluster(container="pyxis", image="reg#retort", mounts=["/a:/b", "/c:/d"])
-    place = "place=('--container-image=reg#retort' --container-mounts=/a:/b,/c:/d --no-container-mount-home)"
-    assert place in training(pyxis)
+    place = "place=('--container-image=reg#retort' --container-mounts=/a:/b,/c:/d --no-container-mount-home"
+    assert f'{place} --container-workdir=/ "--container-name=retort-$SLURM_JOB_ID")' in training(pyxis)
     assert "retort=(python)" in training(pyxis)
+
+
+def test_a_task_of_an_array_ends_and_requeues_itself_alone() -> None:
+    text = training(RICH, runs=("demo-1", "demo-2"))
+    assert 'scontrol requeue "$job"' in text
+    assert 'requeue "$SLURM_JOB_ID"' not in text
+    assert "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" in text
 
 
 def test_what_comes_after_waits_for_each_run_and_leaves_when_it_fails() -> None:
@@ -93,6 +107,7 @@ def test_what_comes_after_waits_for_each_run_and_leaves_when_it_fails() -> None:
     assert one.directives["dependency"] == "afterok:12"
     assert one.directives["kill-on-invalid-dep"] == "yes"
     assert one.directives["gpus-per-node"] == "h100:1"
+    assert one.directives["mem"] == "3840M", "a rank's share of the node"
     assert '-m jobs eval "$run" --store s3://b/p' in one.text
     many = script.after("eval", RICH, FOUR, ["demo-1", "demo-2"], "s3://b/p", Path("/logs"), "12")
     assert many.directives["dependency"] == "aftercorr:12"

@@ -14,6 +14,7 @@ from jobs.launchers.ending import Exit
 from jobs.record import Run, State
 from jobs.slurm import step
 from jobs.slurm.script import CANCELLED
+from tests.core.logs import claim, log
 from tests.jobs.slurm.conftest import Says
 
 MakeRun = Callable[..., Run]
@@ -201,6 +202,51 @@ def test_a_node_without_the_run_says_that_the_folder_is_not_shared(root: str) ->
         step.check(Run(root, "demo-1"))
 
 
+def test_nodes_that_are_not_ready_are_told_in_their_own_words(run: Run, tmp_path: Path) -> None:
+    run.move(State.QUEUED, 1, **OWN)
+    said = "error: node n2: Python packages: timm\n  -> make setup\nsrun: error: n2: task 1: Exited with exit code 3\n"
+    assert ended(run, tmp_path, said, 3, begun=False) == 75
+    failed = run.transitions()[-2]
+    assert failed.info["reason"].startswith("the ranks could not be started:\nerror: node n2: Python packages: timm")
+    assert failed.info["rank"] is None
+
+
+def test_a_run_cancelled_while_its_end_is_written_down_stays_cancelled(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_running(run)
+    run.move(State.PREEMPTED, reason="asked to stop")
+    allowed = step._allowed
+
+    def cancelled_meanwhile(*arguments: Any) -> bool:
+        run.move(State.CANCELLED)
+        return allowed(*arguments)
+
+    monkeypatch.setattr(step, "_allowed", cancelled_meanwhile)
+    assert ended(run, tmp_path, code=75) == CANCELLED
+    assert run.last().state == State.CANCELLED
+
+
+def test_a_run_that_gets_nowhere_is_not_started_for_ever(run: Run, tmp_path: Path) -> None:
+    to_running(run)
+    for attempt in range(1, step.STUCK + 1):
+        log(run.store, claim(attempt))
+    run.move(State.PREEMPTED, reason="asked to stop")
+    assert ended(run, tmp_path, code=75) == 1
+
+
+def test_a_job_that_was_restarted_into_an_outage_is_started_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> Any:
+        raise StoreError("no answer")
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "last", away)
+        assert ended(run, tmp_path, code=3, begun=False) == 75
+
+
 def test_tasks_of_an_array_have_the_names_that_squeue_gives_them() -> None:
     assert step.job_id({"SLURM_JOB_ID": "12"}) == "12"
     assert step.job_id({"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
@@ -212,6 +258,11 @@ def test_tasks_of_an_array_have_the_names_that_squeue_gives_them() -> None:
      ("srun: error: n[1-2]: tasks 0,2-3: Killed\n", [Exit(0, -9), Exit(2, -9), Exit(3, -9)]),
      ("srun: error: n1: task 5: Segmentation fault (core dumped)\n", [Exit(5, -11)]),
      ("srun: error: n1: task 1: Terminated\n", [Exit(1, -15)]),
+     ("srun: error: n1: task 1: Out Of Memory\n", [Exit(1, -9)]),
+     ("srun: error: n2: task 1: Exited with exit code 2\nsrun: First task exited 20s ago\n"
+      "srun: launch/slurm: _step_signal: Terminating StepId=7.0\nsrun: error: n1: task 0: Killed\n", [Exit(1, 2)]),
+     ("srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\nsrun: forcing job termination\n"
+      "srun: error: n2: task 1: Exited with exit code 75\n", [Exit(1, 75)]),
      ("srun: Job step aborted: Waiting up to 32 seconds\nslurmstepd: error: *** STEP 1.0 ON n1 CANCELLED\n", [])],
 )  # fmt: skip
 def test_srun_s_messages_are_read(said: str, ends: list[Exit]) -> None:
