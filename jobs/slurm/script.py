@@ -54,7 +54,8 @@ def training(
     }  # fmt: skip
     words = {
         "ranks": str(placement.ranks), "per_node": str(per_node), "cpus": str(cluster.cpus_per_task),
-        "bind": "--cpu-bind=cores " if placement.device == "cuda" else "", "wait": f"{recipe.launch.grace_s:.0f}",
+        "bind": "--cpu-bind=cores " if placement.device == "cuda" else "",
+        "wait": f"{max(recipe.launch.grace_s, 1):.0f}",
         "nothing": str(NOTHING), "again": str(PREEMPTED), "cancelled": str(CANCELLED),
     }  # fmt: skip
     about = f"Trains {', '.join(runs)}."
