@@ -25,7 +25,7 @@ pytestmark = pytest.mark.system
 
 RANDOM = "teachers.digits_masked.weights=random teachers.digits_supervised.weights=random"
 SHORT = f"train.steps=40 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
-LONG = f"train.steps=160 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
+LONG = f"train.steps=320 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
 SMOKE = ("--profile", "smoke", "--set")
 
 
@@ -120,7 +120,7 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
     site.trains(name, 1)
     shown = site.shell("status", name)
     assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
-    assert re.search(r"progress .*step \d+/160, loss .* img/s.* ETA", shown)
+    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
     wait_for("the time limit's signal", lambda: site.run(name).last().attempt == 2)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
@@ -158,7 +158,7 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
 
 
 def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(site: Site) -> None:
-    name = run_id(site.submit("--detach", steps=LONG.replace("160", "4000")))
+    name = run_id(site.submit("--detach", steps=LONG.replace("320", "4000")))
     job = site.job(name)
     site.trains(name, 1)
     waiting = run_id(site.submit("--detach", "--set", "seed=1", "--after", "export"))
@@ -196,7 +196,7 @@ def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(s
         wait_for("export", lambda run=run: site.run(run).store.size("export/model.safetensors"))
         wait_for("evaluation", lambda run=run: site.run(run).store.size("evaluations/linear.json"))
     table = site.shell("status", "--sweep", name)
-    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+160\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
+    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+320\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
     assert "knn top1" in table
     before = site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID")
     again = site.submit(*sweep, steps=LONG)
