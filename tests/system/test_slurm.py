@@ -118,13 +118,13 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
     job, slurm = site.job(name), site.slurm
 
     site.trains(name, 1)
-    shown = site.shell("status", name)
-    assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
-    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
     wait_for("the time limit's signal", lambda: site.run(name).last().attempt == 2)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
     site.trains(name, 2)
+    shown = site.shell("status", name)
+    assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
+    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
     os.kill(site.ranks(name)[-1], signal.SIGUSR1)  # of the second node only
     site.trains(name, 3)
     slurm.run("scontrol", "requeue", job)
