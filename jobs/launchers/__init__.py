@@ -66,6 +66,10 @@ class Launcher(ABC):
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
         """Move each run to `queued`, write down its recipe and start it; False where somebody else was first."""
 
+    def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:
+        """Write what would be submitted into a file, to look at or to submit by hand.  Raises UserError, NotReady."""
+        raise UserError(f"LAUNCHER: {self.name} submits nothing that could be rendered; use LAUNCHER=slurm")
+
     @abstractmethod
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ask the ranks behind a transition's info to save and end; False when they cannot be reached from here.

@@ -15,7 +15,7 @@ from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Launcher, Look, Order
 from jobs.placement import Placement, spread
-from jobs.record import IllegalMove, State
+from jobs.record import IllegalMove, Run, State
 from jobs.slurm import queue, script
 from jobs.slurm.queue import SlurmError
 
@@ -51,8 +51,7 @@ class Slurm(Launcher):
 
     def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
         own = self.cluster
-        if not queue.answers():
-            queue.call("sinfo")  # says in its own words why not
+        queue.call("sinfo", "--noheader", "--format=%P")  # says in its own words why there is no SLURM here
         _check_shared(own, root)
         part = queue.partition(own.partition)
         per_node = placement.ranks // placement.nodes
@@ -123,6 +122,15 @@ class Slurm(Launcher):
                         order.run.move(State.FAILED, order.attempt, reason=f"not submitted: {redact(str(error))}")
             raise
         return won
+
+    def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:
+        folder, path = script.folder(self.cluster), script.TEMPLATES / "out" / f"{recipe.name}.sbatch"
+        if queue.answers():
+            self.check(recipe, run.root, placement)
+            folder.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(script.training(recipe, self.cluster, placement, [run.id], run.root, folder).text)
+        return path
 
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ranks that work save and leave, and the batch script ends the job; one that waits leaves the queue."""

@@ -116,7 +116,7 @@ def _conclude(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool
     last = run.last()
     handle, folder = run.handle(last), logs / f"attempt-{last.attempt:04d}"
     if handle.get("job") != job:
-        return OK  # somebody else's by now
+        return OK if last.state == State.SUCCEEDED else CANCELLED  # another job's: what waits for this one goes too
     LogKeeper(run, folder).close()
     failure = _failure(said.read_text(errors="replace") if said.is_file() else "", code, begun)
     again = True
@@ -211,9 +211,7 @@ def _allowed(run: Run, job: str) -> bool:
         return False
     steps = [claim.step for claim in commits.claims(run.store)][-STUCK:]
     if len(steps) == STUCK and len(set(steps)) == 1:
-        print(
-            f"no further attempt: {STUCK} in a row have begun at step {steps[0]}; do they get time enough?", flush=True
-        )
+        print(f"no further attempt: {STUCK} in a row began at step {steps[0]}; do they get time enough?", flush=True)
         return False
     late = bool(launch.deadline_h) and time.time() - since.time > 3600 * launch.deadline_h
     if late:

@@ -79,23 +79,23 @@ def test_ranks_meet_through_the_store_on_a_port_that_the_kernel_picks(tmp_path: 
     assert about["port"] > 1024
 
 
-def test_a_rank_0_that_does_not_appear_is_an_error_that_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rank_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the rank that SLURM's variables describe."""
     for name, value in {**ranks_env.from_scheduler(SLURM), **SLURM}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
+
+
+def test_a_rank_0_that_does_not_appear_is_an_error_that_says_so(
+    rank_5: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ranks_env, "MEET_S", 0.1)
     with pytest.raises(NotReady, match="rank 0 has not said within"):
         ranks_env.meet(open_store(f"file://{tmp_path}"), 1)
 
 
-def test_a_rank_0_that_cannot_be_reached_is_told_with_its_addresses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {**ranks_env.from_scheduler(SLURM), **SLURM}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+def test_a_rank_0_that_cannot_be_reached_is_told_with_its_addresses(rank_5: None, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
     about = {"addresses": ["127.0.0.1"], "port": 1, "token": "x"}
     store.put("rendezvous/attempt-0001-7-0-1.json", json.dumps(about).encode())

@@ -176,8 +176,12 @@ def test_a_cancelled_run_ends_the_job_as_cancelled(run: Run, tmp_path: Path) -> 
 
 def test_a_run_that_has_gone_to_another_job_is_left_alone(run: Run, tmp_path: Path) -> None:
     to_running(run, job="9")
-    assert ended(run, tmp_path, "srun: error: n1: task 0: Exited with exit code 1\n", 1) == 0
+    assert ended(run, tmp_path, "srun: error: n1: task 0: Exited with exit code 1\n", 1) == CANCELLED, (
+        "or an evaluation that waits for this job would begin"
+    )
     assert run.last().state == State.RUNNING
+    run.move(State.SUCCEEDED)
+    assert ended(run, tmp_path) == 0
 
 
 def test_a_store_that_is_away_at_the_end_lets_slurm_start_the_job_again_but_not_for_ever(
