@@ -4,15 +4,18 @@
 # 75 preempted, 1 failed.
 SHELL := /bin/sh
 PYTHON ?= python3
-OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SHORT_SIDE \
-	TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT PYTHON
+OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SPLIT SHORT QUALITY WORKERS \
+	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-.PHONY: help setup demo test test-fast lint bench $(VERBS)
+# Tests that need no server share the cores; those of servers and whole runs have the machine to themselves.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
+.PHONY: help setup demo test test-fast test-image lint bench $(VERBS)
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,37 +29,44 @@ demo:  ## the whole journey on this machine, in minutes
 	@.venv/bin/python -m jobs demo
 
 test: setup  ## the whole test suite
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest $(PARALLEL) --ignore tests/system && .venv/bin/python -m pytest tests/system
 
 test-fast: setup  ## the tests that need no server and no whole run
-	@.venv/bin/python -m pytest --ignore tests/system
+	@.venv/bin/python -m pytest $(PARALLEL) --ignore tests/system
 
-lint: setup  ## ruff and mypy
+test-image: setup  ## the image alone, built for real without torch: needs root, buildah and mmdebstrap
+	@.venv/bin/python -m pytest tests/system/test_image.py
+
+lint: setup  ## ruff, mypy and hadolint
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+	@.venv/bin/hadolint docker/Dockerfile
 
 $(VERBS): setup
 	@.venv/bin/python -m jobs $@
 
 bench: setup
 	@if [ -n "$$CHECKPOINT" ]; then .venv/bin/python -m tests.perf.checkpoint; \
+	elif [ -n "$$DATA" ]; then .venv/bin/python -m tests.perf.data; \
+	elif [ -n "$$CODECS" ]; then .venv/bin/python -m tests.perf.codecs; \
 	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
 
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes
 teachers:  ## table of known weights: teachers and released students
 plan:  ## what a recipe costs: RECIPE= [GPU=h100 GPUS=8] [PROFILE=] [SET=]
-doctor:  ## check this machine [and a recipe's inputs: RECIPE=]
+doctor:  ## check this machine [and a recipe's inputs: RECIPE=] [QUICK=1]
 submit:  ## start or resume a recipe: RECIPE= [LAUNCHER=] [CLUSTER=] [SET="a.b=c ..."] [SWEEP="a.b=1,2"] [AFTER=eval,export] [PROFILE=smoke] [DRY=1] [FRESH=1] [DETACH=1]
 status:  ## all runs [or one: RUN=; or those of a sweep: SWEEP=]
 logs:  ## what the ranks of a run wrote: RUN= [RANK=0] [TAIL=20] [FOLLOW=1]
 cancel:  ## stop a run: RUN=
 resume:  ## go on from the newest checkpoint: RUN= [NPROC=4] [SET=] [RECIPE=] [LAUNCHER=] [FORCE=1]
-shards:  ## rewrite a data set into indexed shards: SRC= DST= [SHORT_SIDE=256]
+shards:  ## rewrite a data set into indexed shards: SRC= DST= [SPLIT=train] [SHORT=256 QUALITY=90] [WORKERS=] [LICENCE="..."]
 eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
 export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
 report:  ## write a run's report: RUN=
 gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago]
-manifests:  ## slurm/out/RECIPE.sbatch, to submit by hand: RECIPE= [CLUSTER=] [SET=]
-features image:  ## not built yet
-bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving
+manifests:  ## slurm/out/RECIPE.sbatch or k8s/out/RECIPE.yaml, to submit by hand: RECIPE= [LAUNCHER=ray] [CLUSTER=] [SET=]
+image:  ## the container image: BASE=NAME@sha256:... [TAG=retort:latest] [TARGET=train|demo]
+features:  ## store teacher outputs: RECIPE= [VIEWS=1] [SPLIT=train,heldout,texts] [CODEC=bf16] [LAUNCHER=] [CLUSTER=] [NPROC=8: workers] [ADVISE=1] [VERIFY=1] [SELECT="URI top=5"] [DRY=1]
+bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving; DATA=1: of reading; CODECS=1: of stored features

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from core.comm import Comm
 from core.config import Recipe
 from core.data.loader import MicroBatch
 from core.engine import Engine
-from core.models.teachers import FrozenTeacher
+from core.methods.base import Batch, Outputs
 from core.plain import PlainEngine
 from core.stage import Stage, build
 
@@ -64,14 +63,13 @@ def _parts(stage: Stage, micros: list[MicroBatch]) -> dict[str, Callable[[], Non
         for micro in micros:
             stage.batch(micro)
 
-    seen = [batch.views[stage.method.teacher_view] for batch in ready]
-    alone = {f"teacher {name} alone": partial(_forward, teacher, seen) for name, teacher in stage.teachers.items()}
+    alone = {f"teacher {name} alone": partial(_forward, teacher, ready) for name, teacher in stage.teachers.items()}
     return {"loader alone": load, "colour alone": colour, **alone}
 
 
-def _forward(teacher: FrozenTeacher, images: list[Tensor]) -> None:
-    for x in images:
-        teacher(x)
+def _forward(teacher: Outputs, batches: list[Batch]) -> None:
+    for batch in batches:
+        teacher(batch)
 
 
 def _engines(stage: Stage) -> Iterator[tuple[str, Any]]:

@@ -12,25 +12,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError, ResponseStreamingError
 from s3transfer.manager import TransferConfig, TransferManager
 
 from core.bucket_client import EXPIRED, Link, S3Options, code_of, explained, status_of
-from core.storage import (
-    Entry,
-    MissingObject,
-    Store,
-    StoreError,
-    check_key,
-    check_prefix,
-    check_range,
-    local_errors,
-    publish,
-)
+from core.crc import joined
+from core.storage import PIECE, Entry, MissingObject, Store, StoreError, check_key, check_prefix, check_range, crc32c
+from core.threads import in_threads
 
 T = TypeVar("T")
 # Worth a new try though botocore gives up: a body that broke off, a race without a verdict, an upload completed twice.
@@ -41,6 +33,15 @@ PAUSE_S = 0.5  # before the first new try; doubled for each further one
 
 class _Part(NamedTuple):
     data: bytes
+    total: int  # bytes of the whole object
+    etag: str
+
+
+class _Span(NamedTuple):
+    """A part of an object that has been written to a file."""
+
+    size: int  # bytes
+    crc32c: int
     total: int  # bytes of the whole object
     etag: str
 
@@ -91,9 +92,18 @@ class S3Store(Store):
         check_range(start, size)
         return self._fetch(key, start, max(size, 1)).data[:size]
 
-    def get_file(self, key: str, path: Path) -> None:
-        with local_errors(str(path)):
-            publish(path, lambda file: self._download(key, file))
+    def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+        """By ranges, several at once over connections that stay open; each is tried again by itself."""
+        part, threads, save = self.options.range_bytes, self.options.threads, partial(self._save, key, file)
+        for _ in range(self.options.attempts):
+            spans = in_threads(save, range(0, max(expected, 1), part), threads)
+            first = spans[0]
+            spans += in_threads(save, range(sum(span.size for span in spans), first.total, part), threads)
+            spans = [first, *(span for span in spans[1:] if span.size)]
+            if {span.etag for span in spans} == {first.etag} and sum(span.size for span in spans) == first.total:
+                return first.total, reduce(_joined, spans).crc32c
+            file.truncate(0)
+        raise StoreError(f"{self.uri}/{key} changed each time while it was read: stop its writer, then read again")
 
     def size(self, key: str) -> int | None:
         try:
@@ -148,34 +158,28 @@ class S3Store(Store):
         query = self._target(key) | ({} if size is None else {"Range": f"bytes={start}-{start + size - 1}"})
 
         def fetch(client: Any) -> _Part:
-            try:
-                answer = client.get_object(**query)
-            except ClientError as error:
-                if code_of(error) != "InvalidRange":
-                    raise
-                return _Part(b"", 0, "")  # the range starts behind the end
+            if (answer := _answer(client, query)) is None:
+                return _Part(b"", 0, "")
             data, span = _body(answer), answer.get("ContentRange")
             total = int(span.rpartition("/")[2]) if span else len(data)
             return _Part(data if span or size is None else data[start : start + size], total, answer["ETag"])
 
         return self._run(key, fetch)
 
-    def _download(self, key: str, file: BinaryIO) -> None:
-        part = self.options.part_bytes
+    def _save(self, key: str, file: BinaryIO, start: int) -> _Span:
+        """Write the range that begins at `start` to its place in a file."""
+        query = self._target(key) | {"Range": f"bytes={start}-{start + self.options.range_bytes - 1}"}
 
-        def copy(start: int) -> str:
-            piece = self._fetch(key, start, part)
-            _write_at(file, start, piece.data)
-            return piece.etag
+        def save(client: Any) -> _Span:
+            if (answer := _answer(client, query)) is None:
+                return _Span(0, 0, 0, "")
+            span, end, crc = answer.get("ContentRange"), start, 0
+            for data in _pieces(answer):
+                _write_at(file, end, data)
+                end, crc = end + len(data), crc32c(data, crc)
+            return _Span(end - start, crc, int(span.rpartition("/")[2]) if span else end, answer["ETag"])
 
-        for _ in range(self.options.attempts):
-            first = self._fetch(key, 0, part)
-            _write_at(file, 0, first.data)
-            with ThreadPoolExecutor(self.options.threads) as pool:
-                if set(pool.map(copy, range(part, first.total, part))) <= {first.etag}:
-                    return
-            file.truncate(0)
-        raise StoreError(f"{self.uri}/{key} changed each time while it was read: stop its writer, then read again")
+        return self._run(key, save)
 
     def _run(self, key: str, action: Callable[[Any], T]) -> T:
         """`action` with this process's client; what botocore has not ridden out becomes one of the store's errors."""
@@ -201,6 +205,16 @@ class S3Store(Store):
         raise explained(error, f"{self.uri}/{key}", self._link.host(), self.options.attempts)
 
 
+def _answer(client: Any, query: dict[str, str]) -> dict[str, Any] | None:
+    """Of a get; None for a range that starts behind the object's end."""
+    try:
+        return cast(dict[str, Any], client.get_object(**query))
+    except ClientError as error:
+        if code_of(error) != "InvalidRange":
+            raise
+        return None
+
+
 def _uploads(query: dict[str, Any], client: Any) -> Any:
     return client.list_multipart_uploads(**query)
 
@@ -223,6 +237,19 @@ def _body(answer: dict[str, Any]) -> bytes:
         return bytes(answer["Body"].read())
     except ReadTimeoutError as error:  # told apart from a request that botocore has repeated already
         raise ResponseStreamingError(error=error) from error
+
+
+def _pieces(answer: dict[str, Any]) -> Iterator[bytes]:
+    try:
+        while data := answer["Body"].read(PIECE):
+            yield data
+    except ReadTimeoutError as error:
+        raise ResponseStreamingError(error=error) from error
+
+
+def _joined(first: _Span, second: _Span) -> _Span:
+    crc = joined(first.crc32c, second.crc32c, second.size)
+    return first._replace(size=first.size + second.size, crc32c=crc)
 
 
 def _write_at(file: BinaryIO, start: int, data: bytes) -> None:

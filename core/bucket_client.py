@@ -6,6 +6,7 @@ Endpoint, credentials and region come from the usual AWS variables and config fi
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,9 +37,13 @@ class S3Options:
     attempts: int = 6
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 60.0
-    part_bytes: int = 16 << 20  # larger files go up and come down in parts of this size
-    threads: int = 4
+    part_bytes: int = 16 << 20  # larger files go up in parts of this size
+    range_bytes: int = 8 << 20  # larger files come down in ranges of this size
+    threads: int = 4  # of one file that goes up or comes down
     page: int = 1000  # keys per listing request
+
+
+_connecting: dict[int, threading.Lock] = {}  # by process: a fork may happen while the parent's is held
 
 
 class Link:
@@ -49,9 +54,12 @@ class Link:
         self._owned: tuple[int, Any] | None = None
 
     def client(self) -> Any:
-        owned = self._owned
-        if owned is None or owned[0] != os.getpid():
-            owned = self._owned = (os.getpid(), _connect(self.options))
+        owned, pid = self._owned, os.getpid()
+        if owned is None or owned[0] != pid:
+            with _connecting.setdefault(pid, threading.Lock()):  # each takes a fifth of a second of the processor
+                owned = self._owned
+                if owned is None or owned[0] != pid:
+                    owned = self._owned = (pid, _connect(self.options))
         return owned[1]
 
     def host(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
+from core.limits import check_value
 from core.merge import ConfigError as ConfigError
-from core.merge import Overlay, flatten, merge, nested, parse, read, to_object
+from core.merge import Overlay, flatten, load_yaml, merge, nested, parse, read, to_object
 from core.merge import nearest as nearest
 from core.models import known
 
@@ -57,6 +57,7 @@ class Teacher:
     name: str = ""  # timm model, or a name of `make teachers`, which fills in what is left at its default
     args: dict[str, Any] = field(default_factory=dict)
     weights: str = "hub"  # hub | hub:<id> | file:///x | s3://x | store:x | run:<id> | random
+    text: str = ""  # weights of its text tower, a CLIP checkpoint in OpenAI's layout; "" = the file of `weights`
     cls: str = "token"  # token: class token | pooled: timm's pooled, pre-logits feature | projected: through the head
     norm: bool = True  # tokens after the final norm, else as the last block leaves them
     positions: str = "offset"  # table of another grid: offset: factors (n + 0.1) / m | size: n / m | antialias: timm's
@@ -68,14 +69,18 @@ class Teacher:
 class Data:
     source: str = ""  # folder of images or indexed shards: file:///x, s3://bucket/x, store:x
     heldout: str = ""  # images for the validation loss only
-    features: str = ""  # stored vectors of the images, row for row; "" = beside source (held-out: beside heldout)
-    texts: str = ""  # stored vectors of sentences; "" = beside source
+    features: str = ""  # tables of the images' vectors, row for row; "" = beside source (held-out: beside heldout)
+    texts: str = ""  # tables of sentences, or of their vectors; "" = beside source
     merge: list[str] = field(default_factory=list)  # further sources, appended to the first
+    weights: list[float] = field(default_factory=list)  # shares of source and merge in a batch; none = by their sizes
     classes: float = 1.0  # share of the classes that is used; which is drawn from the seed
     share: float = 1.0  # share of each class's images that is used
     samples: int = 0  # > their number: as many samples as this, made by going round the images again
     repeats: int = 1  # copies of an image in a batch, each with its own draws; an epoch has so many fewer images
+    views: int = 0  # > 0: epoch e has the crops and colours of epoch e % views; stored features are of such views
+    codec: str = "bf16"  # of stored features: fp32, bf16, fp16, or 8 bits with a scale per token: fp8, int8
     block: int = 8192  # samples per shuffle block
+    pixels: str = "exact"  # exact: as the method's release makes them | fast: within a few grey levels, see core.data
     max_bad_share: float = 0.01  # stop when more than this share of samples, and more than ten, cannot be decoded
 
 
@@ -113,6 +118,8 @@ class Launch:
     launcher: str = "auto"
     device: str = "auto"  # auto | cpu | cuda
     ranks: int = 0  # 0 = one per GPU, or two on CPU
+    min_ranks: int = 0  # Ray: an attempt may begin with so many when nodes are missing; 0 = with all or not at all
+    gather_s: float = 90.0  # Ray: for which it waits for the others before it does
     threads: int = 0  # intra-op threads per rank on CPU; 0 = cores / ranks
     max_attempts: int = 3  # of one submission; on SLURM, such as fail
     backoff_s: float = 10.0  # pause before the second attempt, doubled before each further one, an hour at most
@@ -128,6 +135,7 @@ class Loader:
     prefetch: int = 4  # micro-batches per worker
     cache_dir: str = ""  # node-local shard cache; "" = a folder in the system's temporary directory
     cache_gb: float = 200.0
+    ahead: int = 32  # shards that a rank has fetched before they are read, cache permitting; 0 = none
 
 
 @dataclass
@@ -170,6 +178,7 @@ class Recipe:
     student: Student = field(default_factory=Student)
     teachers: dict[str, Teacher] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
+    features: str = "off"  # stored teacher outputs: off | auto: those that are there | require: or the run is refused
     train: Train = field(default_factory=Train)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # overlays of `train`, in order; none = one stage
     store: str = ""
@@ -204,26 +213,6 @@ class Recipe:
 
 
 PARTS: dict[str, type] = {"method": Method, "student": Student, "data": Data}  # that a stage may have of its own
-
-CHOICES = {
-    "train.precision": ("bf16", "fp32"), "zero.stage": (0, 1, 2, 3), "launch.device": ("auto", "cpu", "cuda"),
-    "teachers.*.cls": ("token", "pooled", "projected"), "teachers.*.normalize": ("student", "own"),
-    "teachers.*.positions": ("offset", "size", "antialias"),
-}  # fmt: skip
-POSITIVE = ("train.img_size", "train.batch", "train.micro_batch", "train.max_bad_losses", "data.block",
-            "data.classes", "data.share", "data.repeats",
-            "loader.prefetch", "loader.cache_gb", "launch.max_attempts", "checkpoint.every_steps", "checkpoint.keep",
-            "checkpoint.pending",
-            "log.every_steps", "evaluate.seeds", "evaluate.students")  # fmt: skip
-NOT_NEGATIVE = ("train.epochs", "train.steps", "train.lr", "train.min_lr", "train.lr_batch", "train.weight_decay",
-                "train.warmup_epochs", "train.betas", "train.eps", "train.clip", "launch.ranks", "launch.threads",
-                "loader.workers", "log.flush_s", "seed", "train.explode", "train.rewinds", "launch.backoff_s",
-                "launch.deadline_h", "launch.time_limit_min", "launch.grace_s", "launch.hang_s",
-                "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.patience_s",
-                "student.drop_path", "data.max_bad_share",
-                "data.samples")  # fmt: skip
-AT_MOST = {"data.classes": 1, "data.share": 1}
-BELOW = {"train.betas": 1, "student.drop_path": 1, "seed": 2**32}
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of teachers and stages: part of keys, addresses and module names
 
 
@@ -267,6 +256,8 @@ def check(recipe: Recipe) -> None:
         raise ConfigError("method.name: not set; a recipe names its method, for example `method: {name: unic}`")
     if not re.fullmatch("[a-z0-9][a-z0-9-]*", recipe.name):
         raise ConfigError(f"name: {recipe.name!r} must be made of a-z, 0-9 and -, as it becomes part of addresses")
+    if recipe.launch.ranks and recipe.launch.min_ranks > recipe.launch.ranks:
+        raise ConfigError(f"launch.min_ranks: {recipe.launch.min_ranks} is above launch.ranks, {recipe.launch.ranks}")
     for group in ("teachers", "stages"):
         for name in getattr(recipe, group):
             if not re.fullmatch(NAME, name):
@@ -276,10 +267,11 @@ def check(recipe: Recipe) -> None:
         prefix = f"stages.{stage}" if recipe.stages else "train"
         flat |= _check_stage(recipe.stage(stage), prefix)
         own = recipe.at(stage)
+        _check_weights(own.data)
         parts = recipe.stages.get(stage, {}).keys() & PARTS.keys()
         flat |= flatten({f"{prefix}.{part}": dataclasses.asdict(getattr(own, part)) for part in parts})
     for key, value in flat.items():
-        _check_value(key, value)
+        check_value(key, value, PARTS)
 
 
 def _check_stage(settings: Train, prefix: str) -> dict[str, Any]:
@@ -290,24 +282,16 @@ def _check_stage(settings: Train, prefix: str) -> dict[str, Any]:
     return {f"{prefix}.{k}": v for k, v in dataclasses.asdict(settings).items()}
 
 
-def _check_value(key: str, value: Any) -> None:
-    generic = re.sub(rf"^stages\.[^.]+\.({'|'.join(PARTS)})\.", r"\1.", re.sub(r"^teachers\.[^.]+", "teachers.*", key))
-    generic = re.sub(r"^stages\.[^.]+", "train", generic)
-    allowed = CHOICES.get(generic)
-    if allowed and value not in allowed:
-        hint = nearest(str(value), [str(a) for a in allowed])
-        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(str, allowed))}{hint}")
-    for number in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ConfigError(f"{key}: {number} is not a finite number")
-        if generic in POSITIVE and number <= 0:
-            raise ConfigError(f"{key}: must be above 0, got {number}")
-        if generic in NOT_NEGATIVE and number < 0:
-            raise ConfigError(f"{key}: must not be negative, got {number}")
-        if generic in AT_MOST and number > AT_MOST[generic]:
-            raise ConfigError(f"{key}: must be at most {AT_MOST[generic]}, got {number}")
-        if generic in BELOW and number >= BELOW[generic]:
-            raise ConfigError(f"{key}: must be below {BELOW[generic]}, got {number}")
+def _check_weights(data: Data) -> None:
+    if data.weights and len(data.weights) != 1 + len(data.merge):
+        numbers, sources = len(data.weights), 1 + len(data.merge)
+        advice = "give one for data.source and one for each of data.merge"
+        raise ConfigError(f"data.weights: numbers {numbers}, sources {sources}; {advice}")
+    for name, given in (("samples", data.samples), ("repeats", data.repeats > 1)):
+        if data.weights and given:
+            raise ConfigError(
+                f"data.{name}: not together with data.weights, which go round small sources by themselves"
+            )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -383,7 +367,7 @@ def _override(item: str) -> Overlay:
     if not sign or not all(key.split(".")):
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
-        value = yaml.safe_load(text) if text else ""  # key= empties a field
+        value = load_yaml(text) if text else ""  # key= empties a field
     except yaml.YAMLError:
         raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import Recipe
-from core.methods.base import Info, at_stage, create
+from core.methods.base import Info, at_stage, create, stored_shapes
 from core.models.students import create as create_model
 from core.models.students import describe
 from core.models.teachers import create_teacher, describe_teachers
@@ -28,6 +28,7 @@ class StageCost:
     head_params: int
     teacher_params: dict[str, int]
     activation_units: float  # tokens x width x blocks of the student, per image
+    outputs: dict[str, dict[str, list[int]]]  # shapes of each teacher's that targets take, per image
 
     @property
     def step(self) -> float:
@@ -81,9 +82,9 @@ def stage_cost(recipe: Recipe, stage: str) -> StageCost:
             teacher_params[key] = _params(model)
         everything = _params(method.build(student, info, infos))
     units = (info.grid[0] * info.grid[1] + info.prefix) * info.dim * info.depth
-    return StageCost(
-        trained, method.head_flops(info, infos), teachers, own, everything - own, teacher_params, float(units)
-    )
+    outputs = {key: stored_shapes(method, infos[key]) for key in recipe.teachers}
+    return StageCost(trained, method.head_flops(info, infos), teachers, own, everything - own, teacher_params,
+                     float(units), outputs)  # fmt: skip
 
 
 def _at_size(model: nn.Module, name: str, img_size: int) -> float:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.cache import ShardCache
-from core.config import ConfigError, Loader, Recipe, Train
-from core.data.features import Beside
+from core.config import ConfigError, Loader, Recipe, Teacher, Train
+from core.data.features import Beside, FeatureSource
 from core.data.loader import Companion, steps_per_epoch
 from core.data.source import Source, open_source
 from core.data.subset import composed_by, training_source
 from core.engine import check_precision
-from core.methods.base import Info, Method, at_stage, create
+from core.features.about import IMAGES, Split
+from core.features.stored import Available, available
+from core.methods.base import Info, Method, Vectors, at_stage, create
 from core.models.students import describe_student
 from core.models.teachers import describe_teachers
 from core.storage import resolve
@@ -25,6 +27,7 @@ from core.storage import resolve
 class Inputs:
     """Of one stage; everything fits together."""
 
+    name: str  # of the stage
     recipe: Recipe  # as the stage sees it
     settings: Train
     steps: int
@@ -33,12 +36,18 @@ class Inputs:
     info: Info
     teachers: dict[str, Info]
     method: Method
+    clips: dict[str, Teacher]  # all teachers of the recipe, of which the stage may load none
+    vectors: tuple[Vectors, ...]  # that the method reads of them
     companions: list[Companion]
     held_companions: list[Companion]
+    stored: Available
 
 
-def open_inputs(recipe: Recipe, name: str, root: str, cache: ShardCache | None = None) -> Inputs:
-    """Indexes and tables are read, no weights.  Raises ConfigError, DataError, StoreError."""
+def open_inputs(recipe: Recipe, name: str, root: str, cache: ShardCache | None = None, beside: bool = True) -> Inputs:
+    """Indexes and tables are read, no weights.  Raises ConfigError, DataError, StoreError.
+
+    beside: with what comes beside the images in training; without, where that is to be made.
+    """
     own = at_stage(recipe, name)
     check_precision(recipe.stage(name), recipe.zero.stage)
     source = training_source(own.data, recipe.seed, root, cache)
@@ -49,8 +58,15 @@ def open_inputs(recipe: Recipe, name: str, root: str, cache: ShardCache | None =
     method = create(own, settings, steps, steps_per_epoch(len(source), settings.batch, settings.micro_batch))
     method.check(info, teachers)
     _check_labels(method, source, held)
-    companions = _companions(method, own, source, held, root)
-    return Inputs(own, settings, steps, source, held, info, teachers, method, *companions)
+    kinds = type(method).reads_vectors(own.method.options)
+    found = Inputs(name, own, settings, steps, source, held, info, teachers, method, recipe.teachers, kinds, [], [],
+                   Available())  # fmt: skip
+    if not beside:
+        return found
+    stored = available(found, root, cache)
+    companions = _companions(found, stored.vectors, root)
+    more = [companions[i] + stored.companions(found, split) for i, split in enumerate(IMAGES)]
+    return dataclasses.replace(found, companions=more[0], held_companions=more[1], stored=stored)
 
 
 def stage_steps(recipe: Recipe, name: str, root: str, cache: ShardCache | None = None) -> int:
@@ -78,21 +94,22 @@ def _check_labels(method: Method, source: Source, held: Source | None) -> None:
 
 
 def _companions(
-    method: Method, recipe: Recipe, source: Source, held: Source | None, root: str
+    inputs: Inputs, vectors: dict[Split, FeatureSource], root: str
 ) -> tuple[list[Companion], list[Companion]]:
     """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
-    data, s = recipe.data, method.settings
+    method, data, s = inputs.method, inputs.recipe.data, inputs.settings
     images, texts = (resolve(uri or data.source, root) for uri in (data.features, data.texts))
-    beside = Beside(source, images, texts, recipe.seed, s.batch // s.micro_batch, s.micro_batch, method.epoch_steps,
-                    composed_by(data))  # fmt: skip
-    if held is None:
+    beside = Beside(inputs.source, images, texts, inputs.recipe.seed, s.batch // s.micro_batch, s.micro_batch,
+                    method.epoch_steps, composed_by(data), stored_images=vectors.get("train"),
+                    stored_texts=vectors.get("texts"))  # fmt: skip
+    if inputs.held is None:
         return method.companions(beside), []
-    held_out = dataclasses.replace(beside, source=held, images=resolve(data.heldout, root), composed="",
-                                   training=False)  # fmt: skip
+    held_out = dataclasses.replace(beside, source=inputs.held, images=resolve(data.heldout, root), composed="",
+                                   training=False, stored_images=vectors.get("heldout"))  # fmt: skip
     return method.companions(beside), method.companions(held_out)
 
 
 def shard_cache(loader: Loader) -> ShardCache:
     """The node's cache: the recipe's folder, or one of this user's own in the system's temporary directory."""
     own = Path(tempfile.gettempdir()) / f"retort-shards-{os.getuid()}"
-    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9))
+    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9), loader.ahead)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,27 @@ class Overlay:
         return f"{self.file}:{self.lines[dotted]}" if dotted else self.file
 
 
+TRUTH = re.compile("^(true|True|TRUE|false|False|FALSE)$")
+
+
+class Yaml(yaml.SafeLoader):  # type: ignore[misc]
+    """In which only true and false are truth values, as since YAML 1.2: `off` and `no` are words."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, TRUTH if tag.endswith(":bool") else pattern) for tag, pattern in found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }  # fmt: skip
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data only, as `Yaml` constructs what its safe base does and nothing else.  Raises yaml.YAMLError."""
+    loader = Yaml(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read(path: Path) -> Overlay:
     """Raises ConfigError."""
     try:
@@ -57,8 +79,8 @@ def parse(text: str, file: str) -> Overlay:
     """Raises ConfigError: not YAML, not a mapping, or a key given twice (YAML itself would take the last one)."""
     lines: dict[str, int] = {}
     try:
-        _index(yaml.compose(text, Loader=yaml.SafeLoader), "", lines, file)
-        values = yaml.safe_load(text)
+        _index(yaml.compose(text, Loader=Yaml), "", lines, file)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import coupled
+from core.batches import clean_batch, on_device
 from core.checkpoint import Reader, restore
 from core.comm import Comm
 from core.config import ConfigError, Recipe, Train
 from core.data.loader import Companion, MicroBatch, eval_batches, train_batches
-from core.data.rand_augment import erase
 from core.data.source import Source
-from core.data.views import apply_colour, draw_colour, normalize
 from core.engine import Engine
 from core.inputs import open_inputs, shard_cache, stage_steps
 from core.manifest import CheckpointError
-from core.methods.base import Batch, Info, Method, Report
+from core.methods.base import Batch, Info, Method, Outputs, Report
 from core.models.students import build_student
 from core.models.teachers import FrozenTeacher, load_teachers
 from core.models.vit import resize_pos_embed
@@ -41,7 +39,7 @@ class Stage:
     source: Source
     held: Source | None  # held-out images
     method: Method
-    teachers: dict[str, FrozenTeacher]
+    teachers: dict[str, Outputs]
     engine: Engine
     comm: Comm
     rebuild: Callable[[], nn.Module]  # another module like the engine's, for comparisons
@@ -56,20 +54,11 @@ class Stage:
             block=self.recipe.data.block, start_step=start, stop_step=self.steps, rank=self.comm.rank,
             world=self.comm.world, workers=loader.workers, prefetch=loader.prefetch,
             pin=self.comm.device.type == "cuda", crops=self.method.crops(), companions=self.companions,
-            repeats=self.recipe.data.repeats,
+            repeats=self.recipe.data.repeats, replay=self.recipe.data.views, fast=self.recipe.data.pixels == "fast",
         )  # fmt: skip
 
     def batch(self, micro: MicroBatch) -> Batch:
-        """To the device, with the colour part of each view and the method's own draws applied there."""
-        images, device, seed, epoch = {}, self.engine.device, self.recipe.seed, micro.epoch
-        for number, view in enumerate(self.method.views()):
-            colour = draw_colour(view, seed, epoch, micro.index.numpy(), number)
-            x = apply_colour(micro.views[view.name].to(device, non_blocking=True), colour)
-            images[view.name] = erase(x, view.erase, seed, epoch, micro.index.numpy()) if view.erase else x
-        labels = micro.labels.to(device, non_blocking=True)
-        extra = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.extra.items()}
-        batch = Batch(images, micro.index, seed, epoch, micro.micro, labels=labels, extra=extra)
-        return self.method.prepare(batch)
+        return on_device(micro, self.method, self.recipe, self.engine.device)
 
     def seed_network(self, step: int, micro: MicroBatch) -> None:
         """Key what the student draws itself (stochastic depth) by canonical micro-batch, whatever the world size."""
@@ -77,8 +66,7 @@ class Stage:
 
     def targets(self, batch: Batch) -> Any:
         """What the method makes of its teachers' outputs."""
-        features = {name: teacher(batch.views[self.method.teacher_view]) for name, teacher in self.teachers.items()}
-        return self.method.targets(features, batch)
+        return self.method.targets({name: teacher(batch) for name, teacher in self.teachers.items()}, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Report]:
         """Teachers, student and loss of one micro-batch."""
@@ -109,12 +97,10 @@ class Stage:
         self.engine.train(False)
         for _ in range(-(-share // size)):  # as often on every rank: ZeRO-3 forwards are collective
             images, labels, index = next(batches, nothing)
-            x, count = normalize(images.to(device)), 0 if labels is None else len(index)
-            views = {view.name: resized(x, view.size) for view in self.method.views()}
+            count = 0 if labels is None else len(index)
             labels = torch.full_like(index, -1) if labels is None else labels
             extra = {k: v.to(device) for read in self.held_companions for k, v in read(0, 0, 0, index.numpy()).items()}
-            batch = Batch(views, index, self.recipe.seed, training=False, labels=labels.to(device), extra=extra)
-            loss, _ = self.loss(self.method.prepare(batch))
+            loss, _ = self.loss(clean_batch(images, labels, index, self.method, self.recipe.seed, device, extra))
             total += torch.stack([loss.float() * count, loss.new_tensor(count, dtype=torch.float32)])
         self.engine.train(True)
         losses, images_seen = self.comm.sum(total).tolist()
@@ -133,7 +119,12 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     whole, recipe, settings, method, info = recipe, inputs.recipe, inputs.settings, inputs.method, inputs.info
     check_world(settings, comm.world)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    teachers = load_teachers(recipe, info, inputs.teachers, root, comm.device, dtype)
+
+    def load(names: set[str]) -> dict[str, FrozenTeacher]:
+        some = dataclasses.replace(recipe, teachers={k: t for k, t in recipe.teachers.items() if k in names})
+        return load_teachers(some, info, inputs.teachers, root, comm.device, dtype)
+
+    teachers = inputs.stored.teachers(inputs, load)
 
     # A checkpoint holds all weights; the recipe's own may be of another stage's image size.
     start_from = recipe.student if reader is None else dataclasses.replace(recipe.student, weights="")
@@ -195,8 +186,3 @@ def _take_over(module: nn.Module, reader: Reader, method: Method, here: bool, in
     if wrong:
         raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(sorted(wrong))}")
     module.load_state_dict(given, strict=not here)
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """Images (B, 3, S, S) at the size of a view that is smaller than the stage's."""
-    return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="bicubic", antialias=True)

@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import google_crc32c
 
 TEMP = ".tmp-"  # names a file that is being written: reserved, never listed
+PIECE = 1 << 20  # bytes copied at once: larger ones cost a page fault per page each time
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -71,8 +72,17 @@ class Store(ABC):
     def get_range(self, key: str, start: int, size: int) -> bytes:
         """Bytes [start, start + size), cut at the object's end like a slice."""
 
+    def get_file(self, key: str, path: Path) -> None:
+        with local_errors(str(path)):
+            publish(path, lambda file: self.load(key, file))
+
     @abstractmethod
-    def get_file(self, key: str, path: Path) -> None: ...
+    def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+        """Fill an open local file, which nobody reads yet: size in bytes and CRC32C of what has come.
+
+        expected: bytes, where they are known before; it only saves time.
+        """
+
     @abstractmethod
     def size(self, key: str) -> int | None:
         """Bytes, or None if there is no such object."""
@@ -166,11 +176,15 @@ class FileStore(Store):
             file.seek(start)
             return file.read(size)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
         with local_errors(self._where(key), *ABSENT):
-            source = self._path(key).open("rb")
-        with source, local_errors(str(path)):
-            publish(path, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+            source = self._path(key).open("rb", buffering=0)
+        size = crc = 0
+        with source:
+            while data := source.read(PIECE):
+                file.write(data)
+                size, crc = size + len(data), crc32c(data, crc)
+        return size, crc
 
     def size(self, key: str) -> int | None:
         path = self._path(key)

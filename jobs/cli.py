@@ -31,12 +31,13 @@ class Verb:
 RECIPE, RUN = ("recipe",), ("run",)
 RESOLVE = ("set", "profile", "store", "cluster")
 LAUNCH = ("launcher", "dirty", "detach", "after")
+SHARDS = ("split", "short", "quality", "workers", "licence")
 VERBS = {
     "demo": Verb("local.demo", "the whole journey on this machine, in minutes", (), ("fresh", "set")),
     "recipes": Verb("recipes.recipes", "table of the recipes that come with Retort", (), ("json",)),
     "teachers": Verb("teachers.teachers", "table of the weights that Retort knows by name", (), ("json",)),
     "plan": Verb("recipes.plan", "what a recipe costs and what it lacks", RECIPE, (*RESOLVE, "gpu", "gpus", "json")),
-    "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, RESOLVE),
+    "doctor": Verb("local.doctor", "check this machine, and a recipe's inputs", RECIPE, (*RESOLVE, "quick")),
     "submit": Verb(
         "submit.submit", "start a recipe, or resume it", RECIPE, (*RESOLVE, *LAUNCH, "sweep", "dry", "fresh")
     ),
@@ -46,14 +47,19 @@ VERBS = {
     "resume": Verb(
         "resume.resume", "go on from the newest checkpoint", RUN, ("recipe", *RESOLVE, *LAUNCH, "nproc", "force")
     ),
-    "shards": Verb("data.shards", "rewrite a data set into indexed shards", ("src", "dst"), ("short_side",)),
-    "features": Verb("later.features", "store a recipe's teacher outputs", RECIPE, RESOLVE),
+    "shards": Verb("data.shards", "rewrite a data set into indexed shards", ("src", "dst"), SHARDS),
+    "features": Verb(
+        "features.features",
+        "store a recipe's teacher outputs",
+        RECIPE,
+        (*RESOLVE, "launcher", "dirty", "split", "views", "codec", "nproc", "verify", "advise", "select", "dry"),
+    ),
     "eval": Verb("results.evaluate", "evaluate a run's student", RUN, ("set", "store", "eval", "json")),
     "export": Verb("results.export", "write a run's student for others to load", RUN, ("store", "format")),
     "report": Verb("results.report", "write a run's report", RUN, ("store",)),
     "gc": Verb("gc.gc", "remove what no run refers to", (), ("store", "dry", "days")),
-    "image": Verb("later.image", "build the container image"),
-    "manifests": Verb("manifests.manifests", "render the sbatch file of a recipe", RECIPE, (*RESOLVE, "launcher")),
+    "image": Verb("image.image", "build the container image", (), ("base", "tag", "target", "dirty")),
+    "manifests": Verb("manifests.manifests", "render a recipe's sbatch file or RayJob", RECIPE, (*RESOLVE, "launcher")),
     "bench": Verb("local.bench", "measure throughput and overheads", RECIPE, RESOLVE),
 }
 OPTIONS = {
@@ -71,16 +77,29 @@ OPTIONS = {
     "gpu": ("kind of GPU to plan for", None),
     "gpus": ("number of GPUs to plan for", int),
     "recipe": ("a recipe that has changed since the run began", None),
-    "nproc": ("ranks to go on with", int),
+    "nproc": ("ranks to go on with, or workers", int),
     "force": ("also when that changes what is trained", "store_true"),
     "days": ("also runs that ended so many days ago and that no other run refers to", int),
-    "short_side": ("resize to this short side in pixels", int),
+    "views": ("stored views of a training image, else data.views", int),
+    "codec": ("fp32, bf16, fp16, fp8 or int8, else data.codec", None),
+    "advise": ("measure here, and say whether to store or to compute every time", "store_true"),
+    "select": ("URI [top=5 least=0 english=0.9 names=URI]: write the sentences that images show there", None),
+    "verify": ("read all that is stored again, drop what is damaged", "store_true"),
+    "split": ("which split of the data, when there are several; features: train,heldout,texts", None),
+    "short": ("resize larger images to this short side in pixels (else: files as they are)", int),
+    "quality": ("of the JPEG files of resized images, 1 to 100 (else 90)", int),
+    "workers": ("processes (else one a core)", int),
+    "licence": ("note on the data's licence, kept with them", None),
     "cluster": ("a file of jobs/clusters, by name or path (else RETORT_CLUSTER)", None),
     "sweep": ("submit: a.b=1,2 c.d=3,4: a run for each combination; status: a sweep's name", None),
     "after": ("eval, export, report: what to do when the run has succeeded", None),
     "rank": ("logs of this rank only", None),
     "follow": ("go on as the logs grow", "store_true"),
     "tail": ("last lines of each log only", int),
+    "quick": ("what takes a second: no recipe, no store, no ranks", "store_true"),
+    "base": ("image to build on, NAME@sha256:...", None),
+    "tag": ("name of the image, else retort:latest", None),
+    "target": ("train, or demo for a CPU", None),
 }
 
 

@@ -49,13 +49,15 @@ def main(settings: Settings) -> int:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    recipe = settings.load_recipe() if settings.recipe else None
-    root = settings.root(recipe)
+    recipe = settings.load_recipe() if settings.recipe and not settings.quick else None
     yield python()
     yield packages()
-    yield compute()
     yield disk("disk", Path.cwd(), DISK_GB, "free some, or work in another folder")
     yield disk("shared memory", Path("/dev/shm"), SHM_GB, 'containers: --shm-size=8g; or SET="loader.workers=0"')
+    if settings.quick:
+        return
+    root = settings.root(recipe)
+    yield compute()
     yield store(root)
     yield trial("collectives", "run `python -m jobs.collective cpu` by hand to see more", lambda: collective(recipe))
     if settings.cluster or queue.answers():

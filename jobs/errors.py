@@ -14,6 +14,7 @@ OK, BUG, USER, NOT_READY, HUNG, PREEMPTED = 0, 1, 2, 3, 70, 75
 EXPECTED = (
     ("core.config", "ConfigError", USER),
     ("core.data.source", "DataError", USER),
+    ("core.features.codec", "FeatureError", USER),
     ("core.models.weights", "WeightsError", USER),
     ("core.storage", "StoreError", NOT_READY),
     ("core.guard", "BadLossError", BUG),

@@ -77,6 +77,7 @@ def _rests(run: Run, view: View, launcher: Launcher) -> bool:
 def progress_text(row: dict[str, Any]) -> str:
     """`stage main, step 120/3000, loss 0.812, 412 img/s, data-wait 3 %, ETA 4 min`, of what is known."""
     parts: list[tuple[str, Callable[[Any], str]]] = [
+        ("waiting", lambda v: f"waiting for {v}"),
         ("stage", lambda v: f"stage {v}"),
         ("step", lambda v: f"step {v}" + (f"/{row['steps']}" if "steps" in row else "")),
         ("loss", lambda v: f"loss {float(v):.4g}"),
@@ -95,7 +96,7 @@ def duration(seconds: float) -> str:
 
 def _status(view: View) -> str:
     row = view.heartbeat if view.heartbeat.get("attempt") == view.last.attempt else {}
-    text = progress_text(row) if view.last.state != State.QUEUED else ""
+    text = progress_text(row)
     if not text and view.last.state in (State.QUEUED, State.RUNNING):
         text = f"starting, {time.time() - view.last.time:.0f} s"
     return text

@@ -9,12 +9,12 @@ from typing import Any
 
 from core.storage import StoreError
 from jobs.errors import redact
-from jobs.record import Run, State
+from jobs.record import ACTIVE, Run
 
 
 class Heartbeat:
-    """Writes the newest progress every `every_s`, or what there is every `rest_s`; calls `on_end` once when the run
-    was cancelled or given to a newer attempt."""
+    """Writes the newest progress every `every_s`, or what there is every `rest_s`; calls `on_end` when the run was
+    cancelled, given to a newer attempt, or is to make room."""
 
     def __init__(
         self, run: Run, attempt: int, on_end: Callable[[str], None], every_s: float = 2.0, rest_s: float = 10.0
@@ -53,7 +53,7 @@ class Heartbeat:
 
     def _look(self) -> None:
         last = self.run.last()
-        if last.state == State.CANCELLED or last.attempt > self.attempt:
+        if last.state not in ACTIVE or last.attempt > self.attempt:
             self.on_end(f"run {self.run.id} is {last.state} (attempt {last.attempt}): saving and leaving")
 
     def _try(self, action: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ PACKAGES = (
 )  # fmt: skip
 DATA_HOW = (
     'a folder of images: SET="data.source=file:///photos"; a bucket: SET="data.source=s3://bucket/images"; '
-    "for large sets write shards once: make shards SRC=file:///photos DST=s3://bucket/name SHORT_SIDE=256"
+    "for large sets write shards once: make shards SRC=file:///photos DST=s3://bucket/name SHORT=256"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
@@ -48,6 +49,28 @@ def spread(recipe: Recipe, per_node: int, gpus: int, cpus: int) -> Placement:
     fitting = [n for n in allowed_ranks(recipe) if n <= per_node or n % per_node == 0]
     ranks = _ranks(recipe, fitting, recipe.launch.ranks or per_node, f" on nodes of {per_node}")
     return Placement(ranks, device_of(recipe, gpus), recipe.launch.threads or cpus, -(-ranks // per_node))
+
+
+def demand(device: str, cpus: int) -> dict[str, float]:
+    """What a rank takes of a node, in Ray's names."""
+    return {"CPU": float(cpus), **({"GPU": 1.0} if device == "cuda" else {})}
+
+
+def fits(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """Ranks for which a node has room.  resources: of the node; each: of a rank, in Ray's names."""
+    return min(int(resources.get(name, 0) // number) for name, number in each.items())
+
+
+def gathered(recipe: Recipe, nodes: Sequence[Mapping[str, float]], cpus: int) -> Placement:
+    """Ranks on nodes that differ: one for each GPU, or on CPU one for each node.  Raises UserError."""
+    device = device_of(recipe, int(sum(node.get("GPU", 0) for node in nodes)))
+    each = demand(device, cpus)
+    room = sorted((fits(node, each) for node in nodes), reverse=True)
+    usual = sum(room) if device == "cuda" else sum(count > 0 for count in room)
+    ranks = _ranks(recipe, allowed_ranks(recipe), recipe.launch.ranks or max(usual, 1))
+    filled = [sum(room[: n + 1]) for n in range(len(room))]
+    full = next((n + 1 for n, count in enumerate(filled) if count >= ranks), len(room))
+    return Placement(ranks, device, recipe.launch.threads or cpus, max(full, 1))
 
 
 def device_of(recipe: Recipe, gpus: int) -> str:

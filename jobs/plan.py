@@ -77,7 +77,26 @@ def _stage(recipe: Recipe, name: str, cost: StageCost, samples: int, gpu: str, g
         "memory_gb": {stage: _memory(settings, cost, trainable, gpus, stage) / GB for stage in (0, 1, 2, 3)},
         "checkpoint_bytes": 12 * trainable,
         "checkpoint_writes": -(-steps // recipe.checkpoint.every_steps),
+        "features": _features(recipe, cost, images, samples, GPUS[gpu][0] * 1e12 * MFU),
     }
+
+
+def _features(recipe: Recipe, cost: StageCost, images: int, samples: int, flops: float) -> dict[str, Any] | None:
+    """What storing the teachers' outputs takes and saves, on devices that do so many FLOPs a second."""
+    from core.features.advise import Advice, Rates
+    from core.features.codec import row_bytes
+
+    if not cost.outputs:
+        return None
+    codec, views = recipe.data.codec, recipe.data.views or 1
+    rates = Rates(3 * (cost.student + cost.heads) / flops, sum(cost.teachers.values()) / flops)
+    size = sum(row_bytes(codec, shapes) for shapes in cost.outputs.values())
+    advice = Advice(rates, size, images, samples * recipe.data.repeats, views)
+    return {
+        "codec": codec, "views": views, "bytes_per_view": size, "bytes": advice.stored_bytes,
+        "making_gpu_hours": advice.making_hours, "saved_gpu_hours": advice.saved_hours(),
+        "even_bytes_per_s": advice.even_rate, "free_bytes_per_s": advice.free_rate, "verdict": advice.verdict(),
+    }  # fmt: skip
 
 
 def _memory(settings: Train, cost: StageCost, trainable: int, gpus: int, zero: int) -> float:
@@ -102,6 +121,7 @@ def render(facts: dict[str, Any]) -> str:
         "memory per GPU in GB (activations estimated), by ZeRO stage, and checkpoints",
         _memories(facts["stages"]),
         "",
+        *_stores(facts["stages"]),
         f"total: {facts['gpu_hours']:.3g} GPU-hours, {facts['gpu_hours'] / facts['gpus']:.3g} hours"
         + (f", price {facts['price']:,.2f}" if facts["price"] else ""),
         "",
@@ -122,6 +142,27 @@ def _costs(stages: list[dict[str, Any]]) -> str:
         rate = [f"{s['images_per_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.3g}"]
         rows.append([s["stage"], str(s["img_size"]), f"{s['steps']:,}", *sizes, *flops, *rate])
     return table(head, rows)
+
+
+def _stores(stages: list[dict[str, Any]]) -> list[str]:
+    """Lines on storing teacher outputs; none without teachers."""
+    rows = [
+        [s["stage"], f["codec"], str(f["views"]), f"{f['bytes_per_view'] / 1e3:,.1f}", f"{f['bytes'] / GB:,.1f}",
+         f"{f['making_gpu_hours']:.3g}", f"{f['saved_gpu_hours']:.3g}", f"{f['even_bytes_per_s'] / GB:.2f}",
+         f"{f['free_bytes_per_s'] / GB:.2f}"]
+        for s in stages if (f := s["features"])
+    ]  # fmt: skip
+    if not rows:
+        return []
+    head = ["stage", "codec", "views", "kB/img", "GB", "GPU-hours to make", "saved at most", "GB/s/GPU to break even",
+            "to lose nothing"]  # fmt: skip
+    verdicts = [f"  {s['stage']}: {s['features']['verdict']}" for s in stages if s["features"]]
+    return [
+        "teacher outputs stored (make features) instead of computed in every epoch",
+        table(head, rows),
+        *verdicts,
+        "",
+    ]
 
 
 def _memories(stages: list[dict[str, Any]]) -> str:

@@ -22,10 +22,12 @@ def check_networks(recipe: Recipe) -> None:
         create(own, settings, 1).check(info, describe_teachers(own, info))
 
 
-def check_data(recipe: Recipe, root: str) -> None:
-    """The training images are of a known kind and enough for a step of every stage, and what a method reads beside them
-    belongs to them.  Raises ConfigError, DataError."""
+def check_data(recipe: Recipe, root: str, beside: bool = True) -> None:
+    """The training images are of a known kind and enough for a step of every stage, and, with `beside`, what a method
+    reads beside them belongs to them; says what of stored features is lacking.  Raises ConfigError, DataError,
+    FeatureError."""
     from core.inputs import open_inputs
 
     for name in recipe.stage_names():
-        open_inputs(recipe, name, root)
+        for note in open_inputs(recipe, name, root, beside=beside).stored.notes:
+            print(f"computed in training: {note}", flush=True)

@@ -6,8 +6,12 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psutil import Process
 
 
 def identity(pid: int) -> dict[str, Any]:
@@ -40,3 +44,41 @@ def _born(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def running(module: str, *words: str) -> list[Process]:
+    """Processes of this user and machine (or container) that run `python -m module` with these words side by side."""
+    import psutil
+
+    found = []
+    for each in psutil.process_iter(["uids", "cmdline", "status"]):
+        line = each.info["cmdline"] or []
+        ours = each.info["uids"] and each.info["uids"].real == os.getuid() and each.info["status"] != "zombie"
+        if ours and _within(["-m", module], line) and _within(list(words), line):
+            found.append(each)
+    return found
+
+
+def argument(one: Process, name: str) -> str:
+    """The word behind `name` on the command line of a process; "" when there is none any more."""
+    line = [*(one.info["cmdline"] or []), "", ""]
+    return str(line[line.index(name) + 1]) if name in line else ""
+
+
+def leave(processes: list[Process], signum: signal.Signals, grace_s: float) -> int:
+    """Signal processes, give them so long to end, and end those that are left; returns how many these were."""
+    import psutil
+
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signum)
+    _, late = psutil.wait_procs(processes, grace_s)
+    for each in late:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(late, 5.0)
+    return len(late)
+
+
+def _within(words: list[str], line: list[str]) -> bool:
+    return any(line[i : i + len(words)] == words for i in range(len(line) - len(words) + 1))

@@ -16,11 +16,13 @@ from jobs.errors import NotReady
 MEET_S = 300.0  # that ranks wait for each other at start
 REACH_S = 5.0  # per address of rank 0
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NODE, NODES, START = "RETORT_NODE", "RETORT_NODES", "RETORT_START"  # this node's number, of how many, in which start
+NODELIST = "RETORT_NODELIST"  # for people
 SHOWN = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MASTER_PORT", *INTERFACES)
 
 
 def from_scheduler(given: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables of a rank that SLURM started; empty where somebody has set them already."""
+    """torch's variables and ours of a rank that SLURM started; empty where somebody has set them already."""
     if "RANK" in given or "SLURM_PROCID" not in given:
         return {}
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE", given.get("SLURM_NTASKS_PER_NODE", "1"))
@@ -29,6 +31,9 @@ def from_scheduler(given: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS", "1")),
         "LOCAL_WORLD_SIZE": per_node.partition("(")[0],
         "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", given.get("SLURM_CPUS_PER_TASK", "1")),
+        NODE: given.get("SLURM_NODEID", "0"), NODES: given.get("SLURM_NNODES", "1"),
+        NODELIST: given.get("SLURM_JOB_NODELIST", ""),
+        START: "-".join(given.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")),
     }  # fmt: skip
 
 
@@ -44,7 +49,7 @@ def describe() -> str:
 
 
 def meet(run: Store, attempt: int) -> Any:
-    """How ranks that SLURM started find each other, whatever their hosts' names resolve to.
+    """How ranks that a scheduler started find each other, whatever their hosts' names resolve to.
 
     Rank 0 listens on a port that its kernel picks, so that no two jobs of a node can choose the same one, and writes
     its addresses into the run's folder; the others take the first that answers, and all use the network on which it
@@ -54,10 +59,9 @@ def meet(run: Store, attempt: int) -> Any:
     if "MASTER_ADDR" in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    start = "-".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    key = f"rendezvous/attempt-{attempt:04d}-{start}.json"
+    key = f"rendezvous/attempt-{attempt:04d}-{os.environ.get(START, '0')}.json"
     store, own = _listen(run, key, world) if rank == 0 else _reach(run, key, world)
-    if int(os.environ.get("SLURM_NNODES", "1")) > 1:  # ranks of one node need no network
+    if _several_nodes():  # ranks of one node need no network
         for name in INTERFACES:
             os.environ.setdefault(name, _interface(own))
     return store
@@ -76,7 +80,7 @@ def _listen(run: Store, key: str, world: int) -> tuple[Any, str]:
     os.environ |= {"MASTER_ADDR": found[0] if found else "127.0.0.1", "MASTER_PORT": str(port)}
     run.put(key, json.dumps({"addresses": [*found, "127.0.0.1"], "port": port, "token": token}).encode())
     reached = os.environ["MASTER_ADDR"]
-    if int(os.environ.get("SLURM_NNODES", "1")) > 1:
+    if _several_nodes():
         _wait(store, "reached")
         reached = store.get("reached").decode()  # the address that ranks of other nodes have found
     return store, reached
@@ -86,7 +90,7 @@ def _reach(run: Store, key: str, world: int) -> tuple[Any, str]:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     about = json.loads(_appear(run, key))
-    far = os.environ.get("SLURM_NODEID", "0") != "0"
+    far = os.environ.get(NODE, "0") != "0"
     for address in about["addresses"]:
         try:
             with socket.create_connection((address, about["port"]), REACH_S) as trial:
@@ -97,7 +101,7 @@ def _reach(run: Store, key: str, world: int) -> tuple[Any, str]:
         if store.get("retort").decode() == about["token"]:
             if far:
                 store.set("reached", address)
-            elif int(os.environ.get("SLURM_NNODES", "1")) > 1:  # here every address answers; that one must serve all
+            elif _several_nodes():  # here every address answers; that one must serve all
                 _wait(store, "reached")
                 own = store.get("reached").decode()
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(about["port"])}
@@ -106,6 +110,10 @@ def _reach(run: Store, key: str, world: int) -> tuple[Any, str]:
         f"rank 0 cannot be reached from {socket.gethostname()} on port {about['port']} of any of its addresses "
         f"({', '.join(about['addresses'])}): is there a network between the nodes that lets jobs connect?"
     )
+
+
+def _several_nodes() -> bool:
+    return int(os.environ.get(NODES, "1")) > 1
 
 
 def _appear(run: Store, key: str) -> bytes:

@@ -43,13 +43,26 @@ class Settings:
     days: int = 0
     src: str = ""
     dst: str = ""
-    short_side: int = 0
+    split: str = ""
+    short: int = 0
+    quality: int = 90
+    workers: int = 0
+    licence: str = ""
     tail: int = 0
     cluster: str = ""
     sweep: str = ""
     after: str = ""
     rank: str = ""
     follow: bool = False
+    quick: bool = False
+    views: int = 0
+    codec: str = ""
+    verify: bool = False
+    advise: bool = False
+    select: str = ""
+    base: str = ""
+    tag: str = ""
+    target: str = ""
 
     def need(self, name: str) -> str:
         """A value that this command cannot do without.  Raises UserError."""

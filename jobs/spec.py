@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Code:
-    commit: str  # "unknown" outside of git
+    commit: str  # "unknown" outside of git and of an image
     dirty: bool
+
+    def __str__(self) -> str:
+        return f"{self.commit}-dirty" if self.dirty else self.commit
 
 
 def run_id(recipe: Recipe) -> str:
@@ -44,8 +48,9 @@ def fresh_id(root: str, base: str) -> str:
 
 def code(repository: Path = REPOSITORY) -> Code:
     commit = _git(repository, "rev-parse", "HEAD")
-    if commit is None:
-        return Code("unknown", False)
+    if commit is None:  # in an image, whose build has left word
+        built, _, dirty = os.environ.get("RETORT_COMMIT", "unknown").partition("-")
+        return Code(built, bool(dirty))
     return Code(commit.strip(), bool(_git(repository, "status", "--porcelain")))
 
 

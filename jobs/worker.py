@@ -96,7 +96,7 @@ def work(run_id: str, root: str, attempt: int, stop: Stop) -> int:
     leader = int(os.environ["RANK"]) == 0
     if leader:
         ranks = int(os.environ["WORLD_SIZE"])
-        nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+        nodes = os.environ.get(ranks_env.NODELIST, "") or socket.gethostname()
         run.move(State.RUNNING, attempt, host=socket.gethostname(), nodes=nodes, ranks=ranks, device=device.type)
     pulse = Heartbeat(run, attempt, stop.because) if leader else None
     with pulse or nullcontext():

@@ -32,8 +32,13 @@ def box_taps(sigma: NDArray[np.float64], passes: int) -> NDArray[np.float64]:
 
 def box_blur(images: Tensor, taps: Tensor, passes: int) -> Tensor:
     """float (b, 3, H, W) in [0, 1] on grey levels of 1/255, taps (b, k) -> the same; borders repeat."""
+    # In float64, products with weights are exact, so ties go where Pillow's go.
+    return box_filter((images.double() * 255.0).round_(), taps, passes).to(images.dtype) / 255.0
+
+
+def box_filter(levels: Tensor, taps: Tensor, passes: int) -> Tensor:
+    """Whole grey levels (b, 3, H, W) of any float type, taps (b, k) -> the same."""
     half = taps.shape[1] // 2
-    levels = (images.double() * 255.0).round_()  # products with weights are exact, so ties go where Pillow's go
     weights = taps.to(levels.dtype).view(*taps.shape, 1, 1, 1).unbind(1)
     for dim in (-1, -2):
         border = (half, half, 0, 0) if dim == -1 else (0, 0, half, half)
@@ -43,4 +48,4 @@ def box_blur(images: Tensor, taps: Tensor, passes: int) -> Tensor:
             for k, weight in enumerate(weights):
                 total.addcmul_(padded.narrow(dim, k, size), weight)
             levels = total.div_(UNIT).floor_()
-    return levels.to(images.dtype) / 255.0
+    return levels

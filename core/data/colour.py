@@ -59,7 +59,7 @@ def apply_colour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
     *jitter, gray, blur, solarise = to_device(np.concatenate(picks), device).tensor_split(edges)
     factors = to_device(np.nan_to_num(colour.factors), device).unbind(1)
     sigma, passes = colour.sigma[blurred], colour.box_passes
-    taps = to_device(box_taps(sigma, passes) if passes else _gaussian(sigma, colour.kernel), device)
+    taps = to_device(box_taps(sigma, passes) if passes else gaussian_taps(sigma, colour.kernel), device)
 
     for k, samples in enumerate(jitter):
         op = k % len(JITTER)
@@ -67,7 +67,7 @@ def apply_colour(images: torch.Tensor, colour: Colour) -> torch.Tensor:
     rounding = 0.5 if colour.box_passes else 0.0
     images = _on(images, gray, lambda x: (_luma(x) + rounding).to(torch.uint8).expand_as(x))
     floats = images.to(torch.float32).mul_(1.0 / 255)
-    floats = _on(floats, blur, lambda x: box_blur(x, taps, passes) if passes else _blur(x, taps))
+    floats = _on(floats, blur, lambda x: box_blur(x, taps, passes) if passes else gaussian_blur(x, taps))
     floats = _on(floats, solarise, lambda x: torch.where(x >= SOLARISE_THRESHOLD, 1.0 - x, x))
     return _normalize_(floats)
 
@@ -182,14 +182,14 @@ JITTER = (_brightness, _contrast, _saturation, _hue)
 # -- blur -----------------------------------------------------------------------------------------------------------
 
 
-def _gaussian(sigma: NDArray[np.float64], kernel: int) -> NDArray[np.float64]:
+def gaussian_taps(sigma: NDArray[np.float64], kernel: int) -> NDArray[np.float64]:
     """Sampled Gaussians that sum to one: (b,) -> (b, kernel)."""
     offset = np.arange(kernel) - kernel // 2
     weights = np.exp(-0.5 * (offset / sigma[:, None]) ** 2)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float64)
 
 
-def _blur(images: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+def gaussian_blur(images: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Separable convolution with each sample's own taps (b, k), borders reflected.
 
     Shifted sums and no convolution call: cuDNN would compute it in TF32 and choose another algorithm every time.

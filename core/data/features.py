@@ -73,7 +73,7 @@ def open_features(uri: str, role: str) -> FeatureSource:
     if tables is None:
         raise DataError(
             f"{uri}: no tables of role {role}; name them in {role}.list, one path a line, or put image or text and "
-            "feat into their names"
+            "feat into their names; or make features RECIPE=... and set features=require"
         )
     return TsvFeatures(tables)
 
@@ -127,7 +127,8 @@ class ImageVectors:
     features: FeatureSource
 
     def __call__(self, epoch: int, micro: int, position: int, index: Ints) -> dict[str, torch.Tensor]:
-        return {IMAGE: _only(self.features.read(index))}
+        """index: a repeated image's copies have numbers of their own, and one vector."""
+        return {IMAGE: _only(self.features.read(index % len(self.features)))}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Beside:
 
     images, texts: resolved addresses of the folders with the tables of vectors.  micros, micro_batch, epoch_steps: how
     an epoch is cut into batches.  composed: what makes samples other than the source's rows.  training: False for
-    held-out images.
+    held-out images.  stored_images, stored_texts: vectors that the feature store has, in place of tables; they are of
+    the images as they are composed.
     """
 
     source: Source
@@ -163,13 +165,18 @@ class Beside:
     epoch_steps: int
     composed: str = ""
     training: bool = True
+    stored_images: FeatureSource | None = None
+    stored_texts: FeatureSource | None = None
 
     def image_vectors(self) -> ImageVectors:
         """Raises DataError when there is not one vector for each image."""
+        if self.stored_images is not None:
+            return ImageVectors(self.stored_images)
         if self.composed:
             raise DataError(
-                f"data.{self.composed}: stored vectors belong to the images of data.source row for row; remove this "
-                "field, or let the teacher see the images"
+                f"data.{self.composed}: stored vectors of tables belong to the images of data.source row for row; "
+                "remove this field, make features RECIPE=... and set features=require, or let the teacher see the "
+                "images"
             )
         features = open_features(self.images, "image_feat")
         if len(features) != len(self.source):
@@ -180,7 +187,8 @@ class Beside:
         return ImageVectors(features)
 
     def text_vectors(self) -> TextStream | FixedTexts:
-        features = open_features(self.texts, "text_feat")
+        stored = self.stored_texts
+        features = open_features(self.texts, "text_feat") if stored is None else stored
         if not self.training:
             return FixedTexts(features)
         return TextStream(features, self.seed, self.micros, self.micro_batch, self.epoch_steps)

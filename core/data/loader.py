@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from core.data.cutting import BOX, Cutter, check_policies, enough_pixels
 from core.data.decode import CorruptImage, to_tensor
 from core.data.order import Order
-from core.data.rand_augment import rand_augment
+from core.data.packed import Packed
+from core.data.prefetch import Prefetch
 from core.data.repeated import RepeatedOrder
 from core.data.source import DataError, Raw, Source
-from core.data.views import Crops, RandomCrops, View, centre_crop, random_resized_crop, shorten
+from core.data.views import Crops, RandomCrops, View, centre_crop
 
 # More unreadable samples in a row than this is a broken data set, not a few broken files.
 MAX_BAD_IN_A_ROW = 1000
@@ -31,24 +33,30 @@ class MicroBatch:
     """One canonical micro-batch of B samples.
 
     step: optimiser step of the stage.  micro: its number in the global batch, which is also its stream.
+    drawn: epoch whose crops and colours these are: the epoch itself, unless a few are replayed again and again.
     index: int64 (B,), samples in the source, after replacement of unreadable ones; draws are keyed by them.
     views: by View.name, uint8 (B, 3, size, size).  bad: keys of the samples that could not be decoded on the way.
     labels: int64 (B,), -1 where there is none.  extra: what the method's crops and the companions add.
+    packed, steps: what is left to the device where `views` are not all, see core.data.cutting.
     """
 
     step: int
     micro: int
     epoch: int
+    drawn: int
     index: torch.Tensor
     views: dict[str, torch.Tensor]
     bad: list[str] = field(default_factory=list)
     labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    packed: Packed | None = None
+    steps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> MicroBatch:
         """Called by the DataLoader with pin=True."""
         self.views = {name: view.pin_memory() for name, view in self.views.items()}
         self.extra = {name: tensor.pin_memory() for name, tensor in self.extra.items()}
+        self.packed = self.packed and self.packed.pin_memory()
         self.index, self.labels = self.index.pin_memory(), self.labels.pin_memory()
         return self
 
@@ -86,6 +94,8 @@ def train_batches(
     crops: Crops | None = None,
     companions: Sequence[Companion] = (),
     repeats: int = 1,
+    replay: int = 0,
+    fast: bool = False,
 ) -> Iterator[list[MicroBatch]]:
     """Micro-batches of this rank, one list for each step in [start_step, stop_step).
 
@@ -94,6 +104,8 @@ def train_batches(
     prepares ahead; pin: page-locked memory, for copies to a GPU; context: how workers start (None: the platform's way).
     crops: where views are cut out (None: each at random); companions: what else comes with each micro-batch.
     repeats: copies of a sample, see core.data.repeated; their indices differ by multiples of the source's length.
+    replay: above 0, epoch e has the crops and colours of epoch e % replay.
+    fast: what core.data.cutting says of the two ways to make pixels.
     Raises DataError at once for impossible sizes.
     """
     micros = batch // micro_batch
@@ -109,12 +121,15 @@ def train_batches(
         raise DataError("views must agree in `resize`: an image is resized once, before all crops")
     if len({view.name for view in views}) != len(views):
         raise DataError(f"views need different names: {', '.join(view.name for view in views)}")
+    if fast:
+        check_policies(views)
     share = range(rank * micros // world, (rank + 1) * micros // world)
-    order = Order(source.shard_sizes, seed, micros, block)
+    order = source.order(seed, micros, block)
     if repeats > 1:
         order = RepeatedOrder(source.shard_sizes, seed, micros, block, repeats)
-    dataset = _TrainSet(source, views, crops or RandomCrops(views), companions, order, seed, micro_batch, epoch_steps)
-    loader = _loader(dataset, _Tasks(range(start_step, stop_step), share), workers, prefetch, pin, context)
+    dataset = _TrainSet(source, views, crops or RandomCrops(views), companions, order, seed, micro_batch, epoch_steps,
+                        replay, fast, Prefetch(source, order, share))  # fmt: skip
+    loader = in_workers(dataset, _Tasks(range(start_step, stop_step), share), workers, prefetch, pin, context)
     return _by_step(loader, len(share))
 
 
@@ -127,6 +142,25 @@ def _by_step(loader: DataLoader[MicroBatch], share: int) -> Iterator[list[MicroB
             step = []
 
 
+def row_batches(
+    source: Source, views: Sequence[View], tasks: Iterable[tuple[Any, Ints, int]], *, seed: int, workers: int,
+    prefetch: int, pin: bool = False, crops: Crops | None = None, fast: bool = False,
+) -> Iterator[tuple[Any, MicroBatch]]:  # fmt: skip
+    """Given samples with the draws of a given epoch: of tasks (tag, index (B,), epoch), the tag and what was cut.
+
+    Tasks are taken as they are needed: `prefetch` ahead for each worker.
+    """
+    dataset = _RowSet(_Samples(source, views, crops or RandomCrops(views), seed, fast))
+    yield from in_workers(dataset, tasks, workers, prefetch, pin)
+
+
+def clean_batches(
+    source: Source, size: int, tasks: Iterable[tuple[Any, range]], workers: int, prefetch: int
+) -> Iterator[tuple[Any, EvalBatch]]:
+    """Images of tasks (tag, range), as `eval_batches` gives them, with the tag."""
+    yield from in_workers(_TaggedEvalSet(_EvalSet(source, size)), tasks, workers, prefetch)
+
+
 def eval_batches(
     source: Source, size: int, batch: int, workers: int, rank: int = 0, world: int = 1
 ) -> Iterator[EvalBatch]:
@@ -137,7 +171,7 @@ def eval_batches(
     """
     edges = [len(source) * r // world for r in (rank, rank + 1)]
     tasks = [range(first, min(first + batch, edges[1])) for first in range(edges[0], edges[1], batch)]
-    for item in _loader(_EvalSet(source, size), tasks, workers, prefetch=2):
+    for item in in_workers(_EvalSet(source, size), tasks, workers, prefetch=2):
         if len(item[2]):
             yield item
 
@@ -161,46 +195,58 @@ class _TrainSet(Dataset[MicroBatch]):
 
     def __init__(
         self, source: Source, views: Sequence[View], crops: Crops, companions: Sequence[Companion], order: Order,
-        seed: int, micro_batch: int, epoch_steps: int,
+        seed: int, micro_batch: int, epoch_steps: int, replay: int, fast: bool, prefetch: Prefetch,
     ) -> None:  # fmt: skip
-        self.source, self.views, self.crops, self.companions = source, list(views), crops, companions
-        self.order = order
-        self.seed, self.micro_batch, self.epoch_steps = seed, micro_batch, epoch_steps
+        self.made = _Samples(source, views, crops, seed, fast)
+        self.companions, self.order, self.prefetch = companions, order, prefetch
+        self.micro_batch, self.epoch_steps, self.replay = micro_batch, epoch_steps, replay
 
     def __getitem__(self, task: tuple[int, int]) -> MicroBatch:
         step, micro = task
         epoch, place = divmod(step, self.epoch_steps)
         positions = np.arange(place * self.micro_batch, (place + 1) * self.micro_batch)
+        self.prefetch.at(epoch, place * self.micro_batch)
         index = self.order.index(epoch, micro, positions)
-        views = {v.name: torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views}
-        labels, extra = torch.full((len(index),), -1), dict[str, torch.Tensor]()
+        made = self.made(index, epoch % self.replay if self.replay else epoch)
+        made.step, made.micro, made.epoch = step, micro, epoch
+        for companion in self.companions:
+            found = companion(epoch, micro, place, made.index.numpy())
+            _compare_boxes(found, made.extra)
+            made.extra |= {name: value for name, value in found.items() if name not in made.extra}
+        return made
+
+
+@dataclass(frozen=True)
+class _RowSet(Dataset[tuple[Any, MicroBatch]]):
+    made: _Samples
+
+    def __getitem__(self, task: tuple[Any, Ints, int]) -> tuple[Any, MicroBatch]:
+        tag, index, drawn = task
+        return tag, self.made(index, drawn)
+
+
+class _Samples:
+    """Samples and the epoch whose draws they get -> MicroBatch, a pure function."""
+
+    def __init__(self, source: Source, views: Sequence[View], crops: Crops, seed: int, fast: bool) -> None:
+        self.source, self.views, self.crops, self.seed = source, list(views), crops, seed
+        self.fast, self.least = fast, enough_pixels(views, fast)
+
+    def __call__(self, index: Ints, drawn: int) -> MicroBatch:
+        """index: (B,), not changed; what comes has the readable ones."""
+        index = index.copy()
+        cutter = Cutter(self.views, self.crops, self.seed, drawn, len(index), self.fast)
+        labels = torch.full((len(index),), -1)
         bad: list[str] = []
         for first in range(0, len(index), DECODED_AT_ONCE):
             rows = slice(first, first + DECODED_AT_ONCE)
             found = [self._readable(wanted, bad) for wanted in index[rows].tolist()]
             index[rows] = [i for i, _, _ in found]
             labels[rows] = torch.tensor([-1 if label is None else label for _, _, label in found])
-            cut = self._crop({name: view[rows] for name, view in views.items()}, [x for _, x, _ in found], epoch,
-                             index[rows])  # fmt: skip
-            for name, tensor in cut.items():
-                extra.setdefault(name, tensor.new_empty(len(index), *tensor.shape[1:]))[rows] = tensor
-        for companion in self.companions:
-            extra |= companion(epoch, micro, place, index)
-        return MicroBatch(step, micro, epoch, torch.from_numpy(index), views, bad, labels, extra)
-
-    def _crop(
-        self, out: dict[str, torch.Tensor], images: list[torch.Tensor], epoch: int, samples: Ints
-    ) -> dict[str, torch.Tensor]:
-        """Fill `out`, each (b, 3, size, size), with the views of every image; returns what else the crops tell."""
-        images = [shorten(image, self.views[0].resize) for image in images]
-        cropped = self.crops(self.seed, epoch, samples, np.array([image.shape[1:] for image in images]))
-        for number, view in enumerate(self.views):
-            boxes, flips = cropped.boxes[view.name], cropped.flips[view.name]
-            for row, image in enumerate(images):
-                crop = random_resized_crop(image, boxes[row], bool(flips[row]), view.size, view.interpolation)
-                key = (self.seed, epoch, int(samples[row]), number)
-                out[view.name][row] = rand_augment(crop, view.rand_augment, key) if view.rand_augment else crop
-        return {name: torch.from_numpy(array) for name, array in cropped.extra.items()}
+            cutter.add([image for _, image, _ in found], index[rows])
+        cut = cutter.finish()
+        return MicroBatch(0, 0, drawn, drawn, torch.from_numpy(index), cut.views, bad, labels, cut.extra, cut.packed,
+                          cut.steps)  # fmt: skip
 
     def _readable(self, wanted: int, bad: list[str]) -> tuple[int, torch.Tensor, int | None]:
         """The wanted sample or the next one that can be decoded; keys of those that cannot are added to `bad`."""
@@ -208,7 +254,7 @@ class _TrainSet(Dataset[MicroBatch]):
         for ahead in range(min(count, MAX_BAD_IN_A_ROW)):
             i = (wanted + ahead) % count
             raw = self.source.read(i)
-            image = _decoded(raw)
+            image = _decoded(raw, self.least)
             if image is not None:
                 return wanted // count * count + i, image, raw.label  # a copy stays the copy that it is
             bad.append(raw.key)
@@ -234,16 +280,35 @@ class _EvalSet(Dataset[EvalBatch]):
         return stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(index, dtype=torch.int64)
 
 
-def _decoded(raw: Raw) -> torch.Tensor | None:
+def _compare_boxes(stored: dict[str, torch.Tensor], drawn: dict[str, torch.Tensor]) -> None:
+    """Raises DataError where a companion remembers other crops (-1: none) than the images now give."""
+    for name in stored.keys() & drawn.keys():
+        if name.startswith(BOX) and ((stored[name] != drawn[name]) & (stored[name] >= 0)).any():
+            raise DataError(
+                f"stored features are of other crops of view {name.removeprefix(BOX)}: images have been replaced since "
+                "they were made; make them again (make features RECIPE=... VERIFY=1 finds them), or set features=off"
+            )
+
+
+@dataclass(frozen=True)
+class _TaggedEvalSet(Dataset[tuple[Any, EvalBatch]]):
+    images: _EvalSet
+
+    def __getitem__(self, task: tuple[Any, range]) -> tuple[Any, EvalBatch]:
+        return task[0], self.images[task[1]]
+
+
+def _decoded(raw: Raw, least: int = 0) -> torch.Tensor | None:
     try:
-        return to_tensor(raw.data)
+        return to_tensor(raw.data, least)
     except CorruptImage:
         return None
 
 
-def _loader(
+def in_workers(
     dataset: Dataset[Any], tasks: Any, workers: int, prefetch: int, pin: bool = False, context: str | None = None
 ) -> DataLoader[Any]:
+    """Items of `dataset` for each of `tasks`, in their order, made by worker processes; a generator of its own."""
     return DataLoader(
         dataset,
         sampler=tasks,

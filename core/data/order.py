@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from core.data.draws import permutation
 
 Ints = NDArray[np.int64]
-_SHARDS, _BLOCK = 0, 1  # what is being permuted
+SHARDS, _BLOCK = 0, 1  # what is being permuted
 _CACHED_BLOCKS = 256
 
 
@@ -29,6 +29,7 @@ class Order:
         if streams < 1 or block < 1:
             raise ValueError(f"order: streams ({streams}) and block ({block}) must be above 0")
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
+        self.shard_sizes = self.shard_sizes[self.shard_sizes > 0]
         self.seed, self.streams, self.block = seed, streams, block
         self.per_stream = int(self.shard_sizes.sum()) // streams
         self._cache()
@@ -41,13 +42,22 @@ class Order:
         for number in np.unique(blocks).tolist():
             here = blocks == number
             line[here] = self._shuffled(epoch, stream, number)[positions[here] - number * self.block]
-        ends, starts = self._epoch(epoch)
+        ends, last = self._epoch(epoch)
         shard = np.searchsorted(ends, line, side="right")
-        return starts[shard] + line - ends[shard]
+        return last[shard] + line - ends[shard]
+
+    def shards(self, epoch: int, stream: int, position: int) -> tuple[Ints, int]:
+        """Of the block that holds `position`: a sample of each shard that it reads, and the position behind it."""
+        first = position // self.block * self.block
+        end = min(first + self.block, self.per_stream)
+        ends, last = self._epoch(epoch)
+        here = np.array([first, end - 1]) + stream * self.per_stream
+        low, high = np.searchsorted(ends, here, side="right")
+        return last[low : high + 1] - 1, end
 
     def _epoch_line(self, epoch: int) -> tuple[Ints, Ints]:
         """Where each permuted shard ends, on the epoch's line and (in source indices) in the source."""
-        shards = permutation(len(self.shard_sizes), self.seed, _SHARDS, epoch)
+        shards = permutation(len(self.shard_sizes), self.seed, SHARDS, epoch)
         return np.cumsum(self.shard_sizes[shards]), np.cumsum(self.shard_sizes)[shards]
 
     def _block_line(self, epoch: int, stream: int, number: int) -> Ints:

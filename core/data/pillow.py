@@ -45,8 +45,13 @@ def eval_pil(
 
     resize: 0 stands for int(256 / 224 * size).  norm: a key of NORMS; Feature-Distillation evaluates all with `clip`.
     """
-    short = resize_pil(image, [resize or int(MARGIN * size)], interpolation)
-    return standardised(functional.center_crop(short, [size, size]), norm)
+    return standardised(whole_pil(image, size, resize or int(MARGIN * size), interpolation), norm)
+
+
+def whole_pil(image: Tensor, size: int, resize: int, interpolation: str = "bicubic") -> Tensor:
+    """Short side to `resize` pixels, centre crop: uint8 (3, H, W) -> (3, size, size)."""
+    cropped: Tensor = functional.center_crop(resize_pil(image, [resize], interpolation), [size, size])
+    return cropped
 
 
 def standardised(image: Tensor, norm: str) -> Tensor:

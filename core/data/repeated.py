@@ -60,3 +60,8 @@ class RepeatedOrder(Order):
         """Indices (B,) below length * repeats at `positions` (B,) of a stream."""
         places, copies = repeated(positions, stream, self.of_epoch, self.repeats)
         return super().index(epoch, 0, places) + copies * self.length
+
+    def shards(self, epoch: int, stream: int, position: int) -> tuple[Ints, int]:
+        places, _ = repeated(np.array([position]), stream, self.of_epoch, self.repeats)
+        samples, end = super().shards(epoch, 0, int(places[0]))
+        return samples, -(-(end * self.repeats - stream) // self.of_epoch)

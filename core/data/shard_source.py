@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
-from contextlib import suppress
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.files import Files
+from core.data.fingerprint import fingerprint
 from core.data.shards import ROW, SCHEMA
 from core.data.source import DataError, Raw, Source
-from core.storage import ABSENT, FileStore, Store, crc32c, local_errors
+from core.storage import AccessDenied, FileStore, Store, crc32c
 
 if TYPE_CHECKING:
     from core.cache import ShardCache
 
-Ints = NDArray[np.int64]
-Held = TypeVar("Held")
-_OPEN_FILES = 16  # per process; a file that is open keeps its disk space, even when the cache has dropped it
+Rows = NDArray[np.void]
 _KEPT_INDICES = 256
-_FETCHES = 5
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Shard:
     name: str
     samples: int
     bytes: int
@@ -41,27 +39,53 @@ class _Entry:
 class ShardSource(Source):
     """Samples of indexed tar shards.
 
-    Shards in a folder are read where they lie.  Others are fetched whole into `cache` when first touched; without a
-    cache, every sample is one ranged get.  index: the parsed index.json.  Raises DataError when index and store differ.
+    Files are read as core.data.files says.  Every sample is compared with its CRC32C.
+    index: the parsed index.json.  Raises DataError when index and store differ.
     """
 
+    run = 64
+
     def __init__(self, store: Store, index: dict[str, Any], cache: ShardCache | None = None) -> None:
-        self._store, self._cache = store, cache
-        self._shards = _parse(index, store.uri)
+        self._hold(store, _parse(index, store.uri), cache)
         self._check_sizes()
         self.classes = [str(name) for name in index["classes"]]
-        self.shard_sizes = np.array([shard.samples for shard in self._shards], np.int64)
+        self.licence = str(index.get("licence", ""))
+        self.ahead = 0 if cache is None or isinstance(store, FileStore) else cache.ahead
+
+    def _hold(self, store: Store, shards: list[Shard], cache: ShardCache | None) -> None:
+        self._store, self._shards, self._cache, self._files = store, shards, cache, Files(store, cache)
+        self.shard_sizes = np.array([shard.samples for shard in shards], np.int64)
         self._ends = np.cumsum(self.shard_sizes)
-        self._forget()
+        self._keep()
 
     def read(self, i: int) -> Raw:
         shard, row = self._find(i)
-        offset, size, label = (int(v) for v in self._rows(shard)[row])
-        return Raw(f"{self._shards[shard].name}.tar:{row}", self._bytes(shard, offset, size), label)
+        found = self._rows(shard)[row]
+        data = self._checked(shard, row, int(found["offset"]), int(found["size"]), int(found["crc32c"]))
+        return Raw(f"{self._shards[shard].name}.tar:{row}", data, int(found["label"]))
 
     def label(self, i: int) -> int:
         shard, row = self._find(i)
-        return int(self._rows(shard)[row, 2])
+        return int(self._rows(shard)[row]["label"])
+
+    def text(self, i: int) -> str:
+        shard, row = self._find(i)
+        found = self._rows(shard)[row]
+        offset, size = int(found["offset"]) + int(found["text_gap"]), int(found["text_size"])
+        return self._checked(shard, row, offset, size, int(found["text_crc32c"])).decode() if size else ""
+
+    def fingerprint(self) -> str:
+        """Of the checksums in the index."""
+        entries = (f"{s.samples} {s.bytes} {s.crc32c} {s.idx_crc32c}" for s in self._shards)
+        return fingerprint("shards", json.dumps(self.classes), *entries)
+
+    def fetch(self, i: int) -> bool:
+        if self._cache is None or not self.ahead:
+            return False
+        entry = self._shards[self._find(i)[0]]
+        name = entry.name
+        new = self._cache.fetch_ahead(self._store, f"{name}.idx", entry.sizes()[f"{name}.idx"], entry.idx_crc32c)
+        return self._cache.fetch_ahead(self._store, f"{name}.tar", entry.bytes, entry.crc32c) or new
 
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -69,83 +93,73 @@ class ShardSource(Source):
         shard = int(np.searchsorted(self._ends, i, side="right"))
         return shard, int(i - self._ends[shard] + self.shard_sizes[shard])
 
+    def _checked(self, shard: int, row: int, offset: int, size: int, crc: int) -> bytes:
+        """Bytes of a sample.  Raises DataError when they are not those that were indexed."""
+        data = self._bytes(shard, offset, size)
+        if len(data) != size or crc32c(data) != crc:
+            raise DataError(
+                f"{self._store.uri}/{self._shards[shard].name}.tar: sample {row} has changed since the shard was "
+                "indexed (its CRC32C differs); bring back the shard that index.json belongs to, or write them again"
+            )
+        return data
+
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        if self._cache is None and not isinstance(self._store, FileStore):
-            return self._store.get_range(f"{self._shards[shard].name}.tar", offset, size)
-        return os.pread(self._file(shard).fileno(), size, offset)
+        entry = self._shards[shard]
+        return self._files.read(f"{entry.name}.tar", entry.bytes, entry.crc32c, offset, size)
 
-    def _file(self, shard: int) -> BinaryIO:
-        """The open tar.  Kept open, so that a cache may drop the file while it is being read."""
-        if self._pid != os.getpid():
-            self._forget()
-        if shard not in self._files:
-            self._files[shard] = self._open(self._shards[shard])
-        return _latest(self._files, shard, _OPEN_FILES)
+    def _index(self, entry: Shard) -> bytes:
+        """Content of the shard's .idx file."""
+        key, size = f"{entry.name}.idx", entry.samples * ROW.itemsize
+        if self._cache is None or isinstance(self._store, FileStore):
+            return self._store.get(key)
+        return self._files.read(key, size, entry.idx_crc32c, 0, size)
 
-    def _open(self, entry: _Entry) -> BinaryIO:
-        key = f"{entry.name}.tar"
-        with local_errors(f"{self._store.uri}/{key}", *ABSENT):
-            if isinstance(self._store, FileStore):
-                return (self._store.root / key).open("rb", buffering=0)
-            assert self._cache is not None
-            for _ in range(_FETCHES):
-                with suppress(FileNotFoundError):  # another process has made room for its own shard
-                    return self._cache.fetch(self._store, key, entry.bytes, entry.crc32c).open("rb", buffering=0)
-        raise DataError(f"{self._cache.folder}: shards are dropped before they can be opened; raise loader.cache_gb")
+    def _rows(self, shard: int) -> Rows:
+        """(samples,) ROW of a shard."""
+        return self._kept(shard)
 
-    def _rows(self, shard: int) -> Ints:
-        if shard not in self._indices:
-            self._indices[shard] = self._load_rows(self._shards[shard])
-        return _latest(self._indices, shard, _KEPT_INDICES)
-
-    def _load_rows(self, entry: _Entry) -> Ints:
-        """(samples, 3) offset, size, label of a shard."""
+    def _load_rows(self, shard: int) -> Rows:
+        entry = self._shards[shard]
         where = f"{self._store.uri}/{entry.name}.idx"
-        data = self._store.get(f"{entry.name}.idx")
+        data = self._index(entry)
         if len(data) != entry.samples * ROW.itemsize or crc32c(data) != entry.idx_crc32c:
             raise DataError(f"{where}: does not match index.json; write the shards again")
-        rows = np.frombuffer(data, ROW)["values"].astype(np.int64)
-        offset, size, label = rows.T
-        if (offset < 0).any() or (size < 0).any() or (offset > entry.bytes - size).any() or (label < -1).any():
+        rows = np.frombuffer(data, ROW)
+        texts = rows["offset"] + rows["text_gap"]
+        spans = (rows["offset"], rows["size"]), (texts, rows["text_size"])
+        outside = any((start < 0).any() or (start > entry.bytes - size.astype(np.int64)).any() for start, size in spans)
+        if outside or (rows["label"] < -1).any():
             raise DataError(f"{where}: points outside of {entry.name}.tar; write the shards again")
         return rows
 
     def _check_sizes(self) -> None:
-        found = {entry.key: entry.size for entry in self._store.list("shard-")}
+        try:
+            found = {entry.key: entry.size for entry in self._store.list("shard-")}
+        except AccessDenied:
+            return  # no right to list: checksums tell of what differs when it is read
         wanted = {key: size for shard in self._shards for key, size in shard.sizes().items()}
         wrong = [f"{key} ({found.get(key, 'no')} bytes, not {n})" for key, n in wanted.items() if found.get(key) != n]
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise DataError(f"{self._store.uri}: files do not match index.json: {shown}; write the shards again")
 
-    def _forget(self) -> None:
-        """Start with no open file, in a new process."""
-        self._pid = os.getpid()
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._indices: OrderedDict[int, Ints] = OrderedDict()
+    def _keep(self) -> None:
+        self._kept = lru_cache(_KEPT_INDICES)(self._load_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_pid", "_files", "_indices")}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._keep()
 
 
-def _latest(held: OrderedDict[int, Held], shard: int, limit: int) -> Held:
-    """An entry, marked as just used; the one unused for longest goes (a file closes with its last reference)."""
-    held.move_to_end(shard)
-    if len(held) > limit:
-        held.popitem(last=False)
-    return held[shard]
-
-
-def _parse(index: dict[str, Any], uri: str) -> list[_Entry]:
+def _parse(index: dict[str, Any], uri: str) -> list[Shard]:
     """The shards of an index.json.  Raises DataError."""
     if index.get("schema") != SCHEMA:
         raise DataError(f"{uri}/index.json: schema {index.get('schema')!r} instead of {SCHEMA}; write the shards again")
     try:
-        shards = [_Entry(**entry) for entry in index["shards"]]
+        shards = [Shard(**entry) for entry in index["shards"]]
         counts = [n for s in shards for n in (s.samples, s.bytes, s.crc32c, s.idx_crc32c)]
         sound = all(isinstance(n, int) and n >= 0 for n in counts) and isinstance(index["classes"], list)
         sound &= all(s.name == f"shard-{i:06d}" for i, s in enumerate(shards))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.fingerprint import fingerprint
+from core.data.order import Order
 from core.storage import FileStore, MissingObject, Store, open_store
 
 if TYPE_CHECKING:
@@ -42,10 +44,17 @@ class Source(ABC):
 
     shard_sizes: (shards,) int64, samples that are stored together, in index order; sums to the length.
     classes: names of the labels, empty without labels.
+    run: samples in a row that are best read together.
+    licence: a note that came with the data.  skipped: (name, reason) of what lies there and is no sample.
+    ahead: shards that whoever reads in a known order should `fetch` before they are needed; 0 where reading needs none.
     """
 
     shard_sizes: NDArray[np.int64]
     classes: list[str]
+    run = 1
+    licence = ""
+    skipped: Sequence[tuple[str, str]] = ()
+    ahead = 0
 
     def __len__(self) -> int:
         return int(self.shard_sizes.sum())
@@ -57,6 +66,28 @@ class Source(ABC):
     @abstractmethod
     def label(self, i: int) -> int:
         """Label of sample `i` without reading its image; -1 without one."""
+
+    def text(self, i: int) -> str:
+        """What is said about sample `i`, as core.data.sentences reads it; empty without.  Raises DataError."""
+        return ""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Names the data by what is known without reading all of it: 64 hexadecimal digits, wherever the data lie.
+
+        Raises core.storage.StoreError.
+        """
+
+    def order(self, seed: int, streams: int, block: int) -> Order:
+        """In which training reads the samples; an index beyond the length is a copy of the sample that it leaves."""
+        return Order(self.shard_sizes, seed, streams, block)
+
+    def fetch(self, i: int) -> bool:
+        """Fetch the shard of sample `i` ahead of its reading; whether it was downloaded now.
+
+        Raises core.cache.CacheFull where the node's cache holds nothing that could be dropped, and StoreError.
+        """
+        return False
 
 
 class ArraySource(Source):
@@ -84,6 +115,11 @@ class ArraySource(Source):
     def label(self, i: int) -> int:
         return int(self.labels[i])
 
+    def fingerprint(self) -> str:
+        arrays = (np.ascontiguousarray(image) for image in self.images)
+        images = (fingerprint("image", str(image.shape), image.tobytes()) for image in arrays)
+        return fingerprint("arrays", *self.classes, self.labels.astype("<i8").tobytes(), *images)
+
 
 class FolderSource(Source):
     """Image files under a prefix of a store, at any depth, in key order; names that start with a dot are ignored.
@@ -94,12 +130,14 @@ class FolderSource(Source):
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        seen = [entry.key for entry in store.list()]
-        keys = sorted(key for key in seen if _is_image(key))
+        seen = list(store.list())
+        sizes = {entry.key: entry.size for entry in seen if is_image(entry.key)}
+        keys = sorted(sizes)
         if not keys:
             raise DataError(
                 f"{store.uri}: none of the {len(seen)} files found here is an image ({', '.join(SUFFIXES)}) and there "
-                "is no index.json of shards; give a folder of images (class folders are optional) or write shards here"
+                "is no index.json of shards; give a folder of images (class folders are optional) or write shards here "
+                "(the hub's parquet files become shards by make shards)"
             )
         folders = [key.partition("/")[0] if "/" in key else "" for key in keys]
         self.classes = sorted(set(folders) - {""})
@@ -109,6 +147,7 @@ class FolderSource(Source):
         encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
         self._keys = b"".join(encoded)
         self._ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        self._sizes = np.array([sizes[key] for key in keys], np.int64)
         self.shard_sizes = np.ones(len(keys), np.int64)
 
     def read(self, i: int) -> Raw:
@@ -121,19 +160,27 @@ class FolderSource(Source):
     def label(self, i: int) -> int:
         return int(self._labels[i])
 
+    def fingerprint(self) -> str:
+        """Of the sorted names and their sizes."""
+        return fingerprint(
+            "folder", self._keys, self._ends.astype("<i8").tobytes(), self._sizes.astype("<i8").tobytes()
+        )
+
     def _key(self, i: int) -> str:
         start = int(self._ends[i - 1]) if i else 0
         return self._keys[start : int(self._ends[i])].decode("utf-8", "surrogateescape")
 
 
 def open_source(uri: str, cache: ShardCache | None = None) -> Source:
-    """The samples at a resolved URI (file:///x or s3://bucket/x): indexed shards, tables, else a folder of images.
+    """The samples at a resolved URI (file:///x or s3://bucket/x).
 
-    Tables are looked for where an image.list names them, or where there is no image file.
+    Indexed shards, the tables that an image.list names, a folder of images; where there is no image file, tars of
+    webdataset's kind, else tables by their names.
     cache: node-local cache of shards that are not on this machine; without one they are read by ranged gets.
     Raises DataError (nothing usable there) and core.storage.StoreError.
     """
     from core.data.shard_source import ShardSource  # which build on this file
+    from core.data.tar_source import TarSource, find_tars
     from core.data.tsv_source import LIST, open_tsv_source
 
     store = open_store(uri)
@@ -146,10 +193,11 @@ def open_source(uri: str, cache: ShardCache | None = None) -> Source:
     try:
         return tables or FolderSource(store)
     except DataError:
-        tables = open_tsv_source(store)
-        if tables is None:
+        tars = find_tars(store)
+        found = TarSource(store, tars) if tars else open_tsv_source(store)
+        if found is None:
             raise
-        return tables
+        return found
 
 
 def _shard_index(store: Store) -> dict[str, Any] | None:
@@ -163,6 +211,6 @@ def _shard_index(store: Store) -> dict[str, Any] | None:
     return index if isinstance(index, dict) and index.get("format") == SHARD_FORMAT else None
 
 
-def _is_image(key: str) -> bool:
+def is_image(key: str) -> bool:
     # Buckets may hold keys with empty parts, which no store hands out.
     return key.lower().endswith(SUFFIXES) and not any(part[:1] in ("", ".") for part in key.split("/"))

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from core.config import Data
 from core.data.draws import permutation
+from core.data.fingerprint import fingerprint
+from core.data.mixture import MixtureOrder
+from core.data.order import Order
 from core.data.source import DataError, Raw, Source, open_source
 from core.storage import resolve
 
@@ -32,13 +35,22 @@ class Selected(Source):
     def __init__(self, source: Source, index: Ints) -> None:
         self.source, self._index, self.classes = source, index, source.classes
         per_shard = np.diff(np.searchsorted(index, np.append(0, np.cumsum(source.shard_sizes))))
-        self.shard_sizes = per_shard[per_shard > 0]
+        self.shard_sizes, self.ahead = per_shard[per_shard > 0], source.ahead
 
     def read(self, i: int) -> Raw:
         return self.source.read(int(self._index[i]))
 
     def label(self, i: int) -> int:
         return self.source.label(int(self._index[i]))
+
+    def text(self, i: int) -> str:
+        return self.source.text(int(self._index[i]))
+
+    def fingerprint(self) -> str:
+        return fingerprint("selected", self.source.fingerprint(), self._index.astype("<i8").tobytes())
+
+    def fetch(self, i: int) -> bool:
+        return self.source.fetch(int(self._index[i]))
 
 
 class Merged(Source):
@@ -48,6 +60,7 @@ class Merged(Source):
         self.sources = list(sources)
         self.shard_sizes = np.concatenate([source.shard_sizes for source in sources])
         self._ends = np.cumsum([len(source) for source in sources])
+        self.ahead = max(source.ahead for source in sources)
         same = all(source.classes == sources[0].classes for source in sources)
         self.classes = sources[0].classes if same else []
 
@@ -64,12 +77,37 @@ class Merged(Source):
         source, own = self._place(i)
         return source.label(own) if self.classes else -1
 
+    def text(self, i: int) -> str:
+        source, own = self._place(i)
+        return source.text(own)
+
+    def fingerprint(self) -> str:
+        return fingerprint("merged", *(source.fingerprint() for source in self.sources))
+
+    def fetch(self, i: int) -> bool:
+        source, own = self._place(i)
+        return source.fetch(own)
+
+
+class Mixture(Merged):
+    """Sources that have fixed shares of every epoch, of every stream of it, and so of every batch.
+
+    weights: one above 0 for each source; only their ratios count.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        super().__init__(sources)
+        self.weights = list(weights)
+
+    def order(self, seed: int, streams: int, block: int) -> Order:
+        return MixtureOrder([source.shard_sizes for source in self.sources], self.weights, seed, streams, block)
+
 
 class Repeated(Source):
     """Another source again and again, up to `count` samples; each is a sample of its own, with draws of its own."""
 
     def __init__(self, source: Source, count: int) -> None:
-        self.source, self.classes = source, source.classes
+        self.source, self.classes, self.ahead = source, source.classes, source.ahead
         whole, rest = divmod(count, len(source))
         tiled = np.tile(source.shard_sizes, whole)
         ends = np.minimum(np.cumsum(source.shard_sizes), rest)
@@ -81,6 +119,15 @@ class Repeated(Source):
 
     def label(self, i: int) -> int:
         return self.source.label(i % len(self.source))
+
+    def text(self, i: int) -> str:
+        return self.source.text(i % len(self.source))
+
+    def fingerprint(self) -> str:
+        return fingerprint("repeated", self.source.fingerprint(), str(len(self)))
+
+    def fetch(self, i: int) -> bool:
+        return self.source.fetch(i % len(self.source))
 
 
 def of_classes(source: Source, share: float, seed: int) -> Source:
@@ -110,15 +157,24 @@ def _labels(source: Source, field: str) -> Ints:
 
 def composed_by(data: Data) -> str:
     """The first field that makes samples differ from the rows of `data.source`; empty if none does."""
-    fields, plain = ("merge", "classes", "share", "samples", "repeats"), Data()
+    fields, plain = ("merge", "weights", "classes", "share", "samples", "repeats"), Data()
     return next((name for name in fields if getattr(data, name) != getattr(plain, name)), "")
 
 
-def compose(sources: Sequence[Source], data: Data, seed: int) -> Source:
-    """The training set that `data` asks for, of its sources in order: merged, cut down, repeated.  Raises DataError."""
-    source = sources[0] if len(sources) == 1 else Merged(sources)
+def _cut(source: Source, data: Data, seed: int) -> Source:
+    """Its share of the classes, and of their images."""
     source = source if data.classes == 1 else of_classes(source, data.classes, seed)
-    source = source if data.share == 1 else of_images(source, data.share, seed)
+    return source if data.share == 1 else of_images(source, data.share, seed)
+
+
+def compose(sources: Sequence[Source], data: Data, seed: int) -> Source:
+    """The training set that `data` asks for, of its sources in order: merged, cut down, repeated.  Raises DataError.
+
+    With weights, each source is cut down by itself, and mixed.
+    """
+    if data.weights:
+        return Mixture([_cut(source, data, seed) for source in sources], data.weights)
+    source = _cut(sources[0] if len(sources) == 1 else Merged(sources), data, seed)
     return source if data.samples <= len(source) else Repeated(source, data.samples)
 
 

@@ -12,11 +12,13 @@ import binascii
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, cast
+from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.fingerprint import fingerprint
 from core.data.source import DataError
 from core.storage import ABSENT, FileStore, MissingObject, Store, local_errors, open_store
 
@@ -112,7 +114,6 @@ class Table:
         self.rows = np.arange(len(offsets)) if listed is None or not len(listed) else np.sort(listed)
         if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(offsets)):
             raise DataError(f"{store.uri}/{_beside(key, '.linelist')}: rows outside of the table's {len(offsets)}")
-        self._pid, self._file = os.getpid(), cast(BinaryIO | None, None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,6 +139,11 @@ class Table:
             raise DataError(f"{self.store.uri}/{self.key}: row {int(self.rows[i])} has no second column")
         return cells[0], cells[1]
 
+    def fingerprint(self) -> str:
+        """Of name, size, offsets and exposed rows."""
+        numbers = (array.astype("<i8").tobytes() for array in (self._ends, self.rows))
+        return fingerprint("table", self.key, *numbers)
+
     def _mismatch(self, what: str) -> DataError:
         return DataError(
             f"{self.store.uri}/{self.index_key}: does not match its table: {what}; core.data.tsv.write_index makes it "
@@ -147,14 +153,18 @@ class Table:
     def _bytes(self, start: int, size: int) -> bytes:
         if not isinstance(self.store, FileStore):
             return self.store.get_range(self.key, start, size)
-        if self._file is None or self._pid != os.getpid():
-            self._pid = os.getpid()
-            with local_errors(f"{self.store.uri}/{self.key}", *ABSENT):
-                self._file = (self.store.root / self.key).open("rb", buffering=0)
-        return os.pread(self._file.fileno(), size, start)
+        file = self._file  # held while it is read
+        return os.pread(file.fileno(), size, start)
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        """The table in a folder."""
+        assert isinstance(self.store, FileStore)
+        with local_errors(f"{self.store.uri}/{self.key}", *ABSENT):
+            return (self.store.root / self.key).open("rb", buffering=0)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
 
 
 class Tables:
@@ -174,6 +184,9 @@ class Tables:
             raise IndexError(f"row {i} of {len(self)}")
         table = int(np.searchsorted(self._ends, i, side="right"))
         return self.tables[table].pair(int(i - self._ends[table] + self.sizes[table]))
+
+    def fingerprint(self) -> str:
+        return fingerprint("tables", *(table.fingerprint() for table in self.tables))
 
     def __repr__(self) -> str:
         return ", ".join(f"{table.store.uri}/{table.key}" for table in self.tables)

@@ -41,6 +41,9 @@ class TsvSource(Source):
     def label(self, i: int) -> int:
         return -1
 
+    def fingerprint(self) -> str:
+        return self.tables.fingerprint()
+
     def picture(self, i: int) -> NDArray[np.uint8]:
         """(H, W, 3) as released readers have it: cut-off files as far as they go, a grey square for broken ones."""
         data = self.read(i).data

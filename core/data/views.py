@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -127,9 +128,11 @@ def random_resized_crop(
 ) -> torch.Tensor:
     """uint8 (3, H, W) -> uint8 (3, size, size): crop, resize (antialiased), mirror.  box: from crop_boxes."""
     top, left, height, width = (int(edge) for edge in box)
-    crop: torch.Tensor = functional.resized_crop(
-        image, top, left, height, width, [size, size], InterpolationMode(interpolation), antialias=True
-    )
+    part = image[None, :, top : top + height, left : left + width]
+    if height == width == size:  # torchvision has it as it is
+        return part[0].flip(-1) if flip else part[0]
+    # As torchvision's resized_crop, whose own checks take a tenth of the time.
+    crop: torch.Tensor = interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from core.engine import Engine
 
 Report = dict[str, Tensor]
+Outputs = Callable[["Batch"], "Features"]  # of one teacher, computed or stored
+Vectors = Literal["images", "texts"]  # of whole, clean images row for row, and of sentences unrelated to images
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class Method(ABC):
         """Whether a stage with these options of a recipe loads the recipe's teachers."""
         return cls.needs_teachers
 
+    @classmethod
+    def reads_vectors(cls, options: dict[str, Any]) -> tuple[Vectors, ...]:
+        """Vectors of the recipe's one teacher that `companions` reads, which nobody computes while the stage trains."""
+        return ()
+
     @abstractmethod
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         """Refuse a pair that cannot work, with the reason, before anything is built.  Raises ConfigError."""
@@ -166,6 +173,14 @@ class Method(ABC):
         keyed by (seed, epoch, index or micro), so that no world size changes them."""
         return batch
 
+    def reads(self) -> tuple[str, ...]:
+        """What `targets` takes of `Features`; the rest is not stored."""
+        return ("cls", "patch")
+
+    def pixels(self) -> dict[str, Any]:
+        """What `prepare` does to the images that teachers see, as plain data: stored outputs are of such images."""
+        return {}
+
     def lr(self, step: int, scale: float) -> float:
         """Learning rate of a group whose lr_scale is `scale`."""
         return self.schedules(step)["lr"] * scale
@@ -190,6 +205,12 @@ class Method(ABC):
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Take over `state()` of an earlier attempt or stage."""
+
+
+def stored_shapes(method: Method, info: Info) -> dict[str, list[int]]:
+    """Of what is stored of one image of a teacher, by name."""
+    shapes = {"cls": [info.projection or info.dim], "patch": [info.grid[0] * info.grid[1], info.dim]}
+    return {name: shapes[name] for name in method.reads() if shapes[name][0]}
 
 
 def _folders() -> list[Path]:

@@ -1,7 +1,8 @@
 """DIME-FM: a small image tower learns the score geometry of a large CLIP from images and unrelated sentences.
 
 Paper: arXiv 2303.18232. Cosine scores of the student's images with the teacher's sentences and images follow those of
-the teacher's own images, over the whole global batch. Teacher vectors are read from tables: only the student runs.
+the teacher's own images, over the whole global batch. Teacher vectors are stored, in tables or by `make features`: only
+the student runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from core.data.features import IMAGE, TEXT, Beside, check_width
 from core.data.loader import Companion
 from core.data.views import View
 from core.losses_pairs import Weights, score_losses, vector_distance
-from core.methods.base import Batch, Features, Info, Method, Report
+from core.methods.base import Batch, Features, Info, Method, Report, Vectors
 from core.models.clip import init_clip
 from core.optim import decay_groups
 from core.schedules import unshifted_cosine
@@ -76,6 +77,10 @@ class DimeFm(Method):
     def uses_teachers(cls, options: dict[str, Any]) -> bool:
         return bool(options.get("online", DimeFmOptions.online))
 
+    @classmethod
+    def reads_vectors(cls, options: dict[str, Any]) -> tuple[Vectors, ...]:
+        return ("texts",) if cls.uses_teachers(options) else ("images", "texts")
+
     def check(self, student: Info, teachers: dict[str, Info]) -> None:
         o = self.options
         if not student.projection:
@@ -121,6 +126,9 @@ class DimeFm(Method):
         for companion in found:
             check_width(companion.features, self._width)
         return list(found)
+
+    def reads(self) -> tuple[str, ...]:
+        return ("cls",)
 
     @torch.no_grad()
     def targets(self, features: dict[str, Features], batch: Batch) -> Targets:

@@ -141,6 +141,9 @@ class Fd(Method):
         return FdModel(student, info.dim, [teachers[name].dim for name in sorted(teachers)],
                        (int(self._with_cls), info.prefix))  # fmt: skip
 
+    def reads(self) -> tuple[str, ...]:
+        return ("cls", "patch") if self.options.tokens == "all" else ("patch",)
+
     @torch.no_grad()
     def targets(self, features: dict[str, Features], batch: Batch) -> list[Tensor]:
         """Whitened tokens (B, N, D_t) of every teacher, in sorted order of their names."""

@@ -120,7 +120,8 @@ class Proteus(Method):
                     f"teachers.{name}: a grid of {teacher.grid} patches and the student's of {student.grid} cannot be "
                     "matched token by token"
                 )
-        self._embedding = 2.0 * student.grid[0] * student.grid[1] * 3 * student.patch**2 * student.dim
+        self._places = student.grid[0] * student.grid[1]
+        self._embedding = 2.0 * self._places * 3 * student.patch**2 * student.dim
         if min(self._lambdas) < 0 or not any(self._lambdas):
             raise ConfigError(
                 "method.options.lambda_token, lambda_feature, lambda_patch: must not be negative nor all 0, got "
@@ -163,6 +164,12 @@ class Proteus(Method):
         if not self.options.lambda_patch:
             return batch
         return replace(batch, extra=batch.extra | mask_tensors(self.masks(batch), batch.views["image"].device))
+
+    def reads(self) -> tuple[str, ...]:
+        return (*(["cls"] if "token" in self._kinds else []), *(["patch"] if self._kinds != ["token"] else []))
+
+    def pixels(self) -> dict[str, Any]:
+        return {"half": self.options.half_images}
 
     def masks(self, batch: Batch) -> Masks:
         """Drawn by sample; on held-out images every sample is masked by the mean ratio, whatever batch it is in."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.models.weights import WeightsError, read
-from core.storage import StoreError, open_store, resolve
+from core.storage import MissingObject, StoreError, open_store, resolve
 
 
 def weights_uri(weights: str, model: str, root: str) -> str:
@@ -40,6 +40,18 @@ def read_weights(weights: str, model: str, root: str) -> dict[str, Any]:
 def digest(weights: str, model: str, root: str) -> str:
     """SHA-256 of the weight file.  Raises as read_weights."""
     return _fetch(weights_uri(weights, model, root), root)[1]
+
+
+def recorded_digest(weights: str, model: str, root: str) -> str:
+    """SHA-256 of the weight file as of its first use, which later uses are held to; no weights are read if it is known.
+
+    Raises as read_weights.
+    """
+    uri = weights_uri(weights, model, root)
+    try:
+        return open_store(root).get(record_key(uri, root)).decode().split()[0]
+    except MissingObject:
+        return _fetch(uri, root)[1]
 
 
 def record_key(uri: str, root: str) -> str:

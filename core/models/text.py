@@ -27,12 +27,17 @@ def tokenize(texts: Sequence[str], slots: int = SLOTS) -> Tensor:
     What does not fit is cut off, the end token included, as in the released training and evaluation; `pool` then takes
     the largest id that is left.
     """
-    bpe = _bpe()
     ids = torch.zeros(len(texts), slots, dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
-        tokens = [bpe.sot_token_id, *bpe.encode(text), bpe.eot_token_id][:slots]
-        row[: len(tokens)] = torch.tensor(tokens)
+        kept = tokens(text)[:slots]
+        row[: len(kept)] = torch.tensor(kept)
     return ids
+
+
+def tokens(text: str) -> list[int]:
+    """All ids of a sentence, with the start and the end token."""
+    bpe = _bpe()
+    return [bpe.sot_token_id, *bpe.encode(text), bpe.eot_token_id]
 
 
 def pool_position(ids_NS: Tensor) -> Tensor:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import UserError, nearest
-from jobs.placement import Placement
+from jobs.placement import Placement, spread
 
 if TYPE_CHECKING:
     from core.config import Recipe
     from jobs.cluster import Cluster
     from jobs.record import Run
 
-BUILT = ("local", "slurm")
-PLANNED = ("ray",)
+BUILT = ("local", "slurm", "ray")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,24 @@ class Look:
 
     alive: bool | None  # somebody works on it or will; None: that cannot be told from here
     text: str = ""  # in the scheduler's words
+
+
+class Looks:
+    """Answers that hold for a few seconds: who follows a run must not wear a scheduler out."""
+
+    def __init__(self, hold_s: float = 4.0) -> None:
+        self.hold_s = hold_s
+        self._seen: dict[str, tuple[float, Look]] = {}  # by job
+
+    def at(self, job: str, ask: Callable[[], Look]) -> Look:
+        when, look = self._seen.get(job, (float("-inf"), Look(None)))
+        if time.monotonic() - when > self.hold_s:
+            look = ask()
+            self._seen[job] = time.monotonic(), look
+        return look
+
+    def forget(self) -> None:
+        self._seen.clear()
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class Launcher(ABC):
     name: str
     shares_tree: bool  # ranks see this working tree and this machine's file:// stores
     queues: bool  # takes many runs at once, and jobs that wait for others
+    example = ""  # cluster file to render a manifest with where none is given: it cannot do without one
 
     def at(self, cluster: Cluster) -> Launcher:
         """This launcher with the settings of a cluster file."""
@@ -66,9 +87,21 @@ class Launcher(ABC):
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
         """Move each run to `queued`, write down its recipe and start it; False where somebody else was first."""
 
+    def by_hand(self) -> Launcher:
+        """The launcher whose jobs people can submit themselves."""
+        return self
+
     def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:
         """Write what would be submitted into a file, to look at or to submit by hand.  Raises UserError, NotReady."""
-        raise UserError(f"LAUNCHER: {self.name} submits nothing that could be rendered; use LAUNCHER=slurm")
+        raise UserError(f"LAUNCHER: {self.name} submits nothing that could be rendered; use slurm or ray")
+
+    def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
+        """Start so many of `python ARGUMENTS`, which share their work through the store and have no record.
+
+        placement: of one of them.  Where there is a queue this returns at once, with what was started and how to look
+        at it; elsewhere when all have ended.  Raises UserError, NotReady.
+        """
+        raise UserError(f"LAUNCHER: {self.name} starts no workers; use local or slurm")
 
     @abstractmethod
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
@@ -81,18 +114,31 @@ class Launcher(ABC):
     def look(self, info: Mapping[str, Any]) -> Look:
         """Whether anybody still works on the run."""
 
-    def logs(self, info: Mapping[str, Any], attempt: int) -> Path | None:
-        """Folder with the logs of an attempt, where it can be seen from here."""
+    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+        """What can be had from here of an attempt's logs, by name."""
         folder = Path(info.get("logs", "")) / f"attempt-{attempt:04d}"
-        return folder if folder.is_dir() else None
+        return {path.name: path.read_bytes() for path in sorted(folder.glob("*.log"))}
+
+
+class OnSite(Launcher):
+    """A launcher for nodes that a cluster file describes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def gpus(self) -> int:
+        """As many as a run asks for, where nodes have any: the scheduler knows how many there are."""
+        return sys.maxsize if self.cluster.gpus_per_node else 0
+
+    def place(self, recipe: Recipe) -> Placement:
+        own = self.cluster
+        return spread(recipe, own.per_node, own.gpus_per_node, own.cpus_per_task)
 
 
 def find(name: str) -> Launcher:
     """The launcher of this name.  Raises UserError."""
-    if name in PLANNED:
-        raise UserError(f"launcher {name} is not built yet; use LAUNCHER=local or LAUNCHER=slurm")
     if name not in BUILT:
-        known = ("auto", *BUILT, *PLANNED)
+        known = ("auto", *BUILT)
         raise UserError(f"LAUNCHER: {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")
     launcher: Launcher = importlib.import_module(f"jobs.launchers.{name}").LAUNCHER
     return launcher
@@ -100,6 +146,13 @@ def find(name: str) -> Launcher:
 
 def automatic() -> tuple[str, str]:
     """The launcher that fits this machine, and why."""
+    from jobs.ray.api import reachable
     from jobs.slurm.queue import answers
 
-    return ("slurm", "SLURM answers here") if answers() else ("local", "no SLURM answers here")
+    if answers():
+        return "slurm", "SLURM answers here"
+    if os.environ.get("RAY_ADDRESS"):
+        return "ray", "RAY_ADDRESS is set"
+    if reachable():
+        return "ray", "there is a Kubernetes context"
+    return "local", "no SLURM answers here, RAY_ADDRESS is not set and there is no Kubernetes context"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from core.storage import StoreError
 from jobs import process
-from jobs.errors import BUG, describe
-from jobs.launchers import Launcher, Look, Order
+from jobs.errors import BUG, NotReady, describe
+from jobs.launchers import Launcher, Look, Order, crew
 from jobs.launchers.ending import STOP_SIGNALS
 from jobs.launchers.supervisor import Policy, Supervisor
 from jobs.placement import Placement, gpu_count, place
@@ -55,7 +55,10 @@ class Local(Launcher):
 
         run, attempt = order.run, order.attempt
         logs = Path.cwd() / ".retort" / "logs" / run.id
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotReady(f"logs: {logs} cannot be made ({error.strerror}): work in a folder of your own") from None
         child = _start_supervisor(run, attempt, placement, logs, self.worker)
         own = {**asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
         info = {**order.info, **own}
@@ -68,6 +71,9 @@ class Local(Launcher):
             run.write_recipe(to_yaml(order.recipe))
             pipe.write(json.dumps(info).encode())
         return True
+
+    def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
+        return crew.work(arguments, count, placement)
 
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
         return process.send(info, signal.SIGTERM)  # the supervisor gives ranks so long and no longer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from core.storage import StoreError
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
-from jobs.launchers import Launcher, Look, Order
-from jobs.placement import Placement, spread
+from jobs.launchers import Look, Looks, OnSite, Order
+from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
 from jobs.slurm import queue, script
 from jobs.slurm.queue import SlurmError
@@ -24,30 +22,19 @@ if TYPE_CHECKING:
     from jobs.slurm.script import Script
 
 
-LOOK_S = 4.0  # for which an answer of SLURM's holds
-
-
-class Slurm(Launcher):
+class Slurm(OnSite):
     """One task per rank under a batch script made from slurm/job.sbatch."""
 
     name = "slurm"
     queues = True
 
     def __init__(self, cluster: Cluster | None = None) -> None:
-        self.cluster = cluster or Cluster()
+        super().__init__(cluster or Cluster())
         self.shares_tree = not self.cluster.container  # an image holds its own code
-        self._seen: dict[str, tuple[float, Look]] = {}  # by job; who follows a run must not wear SLURM out
+        self._looks = Looks()
 
     def at(self, cluster: Cluster) -> Slurm:
         return Slurm(cluster)
-
-    def gpus(self) -> int:
-        """As many as a run asks for, where nodes have any: `check` asks the partition."""
-        return sys.maxsize if self.cluster.gpus_per_node else 0
-
-    def place(self, recipe: Recipe) -> Placement:
-        own = self.cluster
-        return spread(recipe, own.per_node, own.gpus_per_node, own.cpus_per_task)
 
     def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
         own = self.cluster
@@ -132,6 +119,12 @@ class Slurm(Launcher):
         path.write_text(script.training(recipe, self.cluster, placement, [run.id], run.root, folder).text)
         return path
 
+    def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
+        folder = script.folder(self.cluster)
+        job = _sbatch(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
+        logs = f"{folder}/job-{job}{'_*' if count > 1 else ''}.log"
+        return f"SLURM job {job}: {count} workers; squeue --jobs={job} shows them, scancel {job} ends them; {logs}"
+
     def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ranks that work save and leave, and the batch script ends the job; one that waits leaves the queue."""
         try:
@@ -149,11 +142,7 @@ class Slurm(Launcher):
         return True
 
     def look(self, info: Mapping[str, Any]) -> Look:
-        when, look = self._seen.get(info["job"], (0.0, Look(None)))
-        if not when or time.monotonic() - when > LOOK_S:
-            look = self._look(info)
-            self._seen[info["job"]] = time.monotonic(), look
-        return look
+        return self._looks.at(info["job"], lambda: self._look(info))
 
     def _look(self, info: Mapping[str, Any]) -> Look:
         try:
@@ -215,19 +204,13 @@ def _words(text: str) -> str:
 
 
 def _check_shared(cluster: Cluster, root: str) -> None:
-    """Raises UserError when nodes cannot see the store, as far as the cluster file says."""
-    path = root.removeprefix("file://")
-    if (
-        root.startswith("file://")
-        and cluster.shared
-        and not any(Path(path).is_relative_to(folder) for folder in cluster.shared)
-    ):
-        there = ", ".join(cluster.shared)
-        raise UserError(f"store: the nodes do not see {path}; the cluster file says that they share {there}: "
-                        "STORE=file:///shared/folder or STORE=s3://bucket/prefix")  # fmt: skip
+    """Raises UserError, ConfigError when nodes cannot see the store, the Python or the image."""
+    cluster.require_shared(root)
     if not cluster.container and cluster.python and not Path(cluster.python).exists():
         raise UserError(f"python: there is no {cluster.python} here; the nodes run it, so it must be in a folder that "
                         "they share with this machine")  # fmt: skip
     image = cluster.image
+    if image and not cluster.container:
+        raise UserError("container: the cluster file names an image; for SLURM say apptainer or pyxis as well")
     if image.startswith("/") and not Path(image).exists():
         raise UserError(f"image: there is no file {image}")

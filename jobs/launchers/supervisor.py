@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.storage import StoreError
-from jobs.errors import OK, redact
+from jobs.errors import OK
 from jobs.launchers.ending import Exit, is_failure, order, reason, verdict
 from jobs.launchers.ranks import Ranks
+from jobs.launchers.tries import patiently
 from jobs.logkeeper import LogKeeper
 from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LONGEST_PAUSE_S = 3600.0  # between attempts
-STORE_PAUSE_S = 20.0  # between tries to reach the store
 ECHO_S = 0.5  # within which a rank's end is heard of by the others
 
 
@@ -153,12 +152,4 @@ class Supervisor:
             self._patiently(lambda: self.run.move(state, attempt, **info))
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """Until the store has done it; a day at most.  Raises StoreError then, or when told to end."""
-        limit = time.monotonic() + min(self.policy.deadline_s, 86400.0)
-        while True:
-            try:
-                return action()
-            except StoreError as error:
-                print(f"store: {redact(str(error))}", flush=True)
-                if time.monotonic() > limit or self._leaving.wait(random.uniform(1.0, STORE_PAUSE_S)):
-                    raise
+        return patiently(action, self._leaving, self.policy.deadline_s)

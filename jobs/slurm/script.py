@@ -59,7 +59,8 @@ def training(
         "nothing": str(NOTHING), "again": str(PREEMPTED), "cancelled": str(CANCELLED),
     }  # fmt: skip
     about = f"Trains {', '.join(runs)}."
-    return _fill("job.sbatch", about, runs, root, logs, cluster, own, {**words, "threads": str(placement.threads)})
+    words |= _of_runs(runs, root, placement)
+    return _fill("job.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
 
 
 def after(
@@ -67,13 +68,22 @@ def after(
 ) -> Script:
     """The job that does `verb` on each run once its training has succeeded."""
     wait = f"{'aftercorr' if len(runs) > 1 else 'afterok'}:{job}"
-    own = {"nodes": "1", "ntasks-per-node": "1", **_resources(cluster, placement.device, 1)}
-    if cluster.mem_gb:
-        own["mem"] = f"{round(cluster.mem_gb * 1024 / cluster.per_node)}M"  # one rank's share of a node
+    own = _share(cluster, placement.device)
     own |= {**_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}
     about = f"Does {verb} on {', '.join(runs)} after job {job}."
-    words = {"verb": verb, "threads": str(placement.threads)}
-    return _fill("after.sbatch", about, runs, root, logs, cluster, own, words)
+    words = {"verb": verb, **_of_runs(runs, root, placement)}
+    return _fill("after.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
+
+
+def workers(
+    arguments: Sequence[str], count: int, recipe: Recipe, cluster: Cluster, placement: Placement, logs: Path
+) -> Script:
+    """An array of processes that share their work through the store."""
+    own = _share(cluster, placement.device)
+    own |= {"signal": f"USR2@{SIGNAL_EARLY_S}", "requeue": "", **_site(cluster, cluster.time_min)}
+    about = f"One of {count} workers on {recipe.name}: {shlex.join(arguments)}"
+    words = {"arguments": shlex.join(arguments), "threads": str(placement.threads), "again": str(PREEMPTED)}
+    return _fill("workers.sbatch", about, f"{recipe.name}-workers", count, logs, cluster, own, words)
 
 
 def lead_s(recipe: Recipe) -> int:
@@ -86,6 +96,22 @@ def limit_min(recipe: Recipe, cluster: Cluster) -> int:
     wish = recipe.launch.time_limit_min
     needed = -(-int(wish * 60 + lead_s(recipe)) // 60) if wish else 0
     return min(filter(None, (needed, cluster.time_min)), default=0)
+
+
+def _share(cluster: Cluster, device: str) -> Directives:
+    """One rank's share of a node."""
+    own = {"nodes": "1", "ntasks-per-node": "1", **_resources(cluster, device, 1)}
+    if cluster.mem_gb:
+        own["mem"] = f"{round(cluster.mem_gb * 1024 / cluster.per_node)}M"
+    return own
+
+
+def _of_runs(runs: Sequence[str], root: str, placement: Placement) -> dict[str, str]:
+    return {"runs": shlex.join(runs), "store": shlex.quote(root), "threads": str(placement.threads)}
+
+
+def _name(runs: Sequence[str]) -> str:
+    return runs[0] if len(runs) == 1 else f"{runs[0].rpartition('-')[0]}-sweep"
 
 
 def _resources(cluster: Cluster, device: str, tasks: int) -> Directives:
@@ -105,22 +131,21 @@ def _site(cluster: Cluster, time_min: int) -> Directives:
 
 
 def _fill(
-    template: str, about: str, runs: Sequence[str], root: str, logs: Path, cluster: Cluster, own: Directives,
+    template: str, about: str, name: str, tasks: int, logs: Path, cluster: Cluster, own: Directives,
     words: Mapping[str, str],
 ) -> Script:  # fmt: skip
-    array = {"array": f"0-{len(runs) - 1}"} if len(runs) > 1 else {}
-    name = runs[0] if len(runs) == 1 else f"{runs[0].rpartition('-')[0]}-sweep"
+    array = {"array": f"0-{tasks - 1}"} if tasks > 1 else {}
     directives = {"job-name": f"retort-{name}", **own, **array,
                   "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
     place, retort = _container(cluster)
-    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **_network(cluster), **cluster.env}
+    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env}
     if not cluster.container:
         exports["PYTHONPATH"] = str(REPOSITORY)
     given = {
         **words, "about": about, "template": template, "directives": render(directives),
-        "setup": "\n".join(cluster.setup) or ": # nothing to set up", "runs": shlex.join(runs),
+        "setup": "\n".join(cluster.setup) or ": # nothing to set up",
         "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
-        "store": shlex.quote(root), "logs": shlex.quote(str(logs)), "place": place,
+        "logs": shlex.quote(str(logs)), "place": place,
         "retort": shlex.join(retort), "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN]),
     }  # fmt: skip
     text = (TEMPLATES / template).read_text()
@@ -144,11 +169,6 @@ def _container(cluster: Cluster) -> tuple[str, list[str]]:
         # Named, so that the steps of a job share one container instead of unpacking it three times.
         return f'{shlex.join(place)} "--container-name=retort-$SLURM_JOB_ID"', [cluster.python or "python"]
     return "", [cluster.python or sys.executable]
-
-
-def _network(cluster: Cluster) -> dict[str, str]:
-    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-    return dict.fromkeys(names, cluster.interface) if cluster.interface else {}
 
 
 def folder(cluster: Cluster) -> Path:

@@ -12,17 +12,16 @@ import re
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from core import commits
 from core.storage import MissingObject, StoreError
 from jobs import inputs
-from jobs.errors import NOT_READY, OK, PREEMPTED, NotReady, describe, exit_code, redact
-from jobs.launchers.ending import STOP_SIGNALS, Exit, is_failure, order, reason, verdict
+from jobs.errors import NOT_READY, OK, PREEMPTED, describe, exit_code, redact
+from jobs.launchers import tries
+from jobs.launchers.ending import STOP_SIGNALS, Exit, is_failure, order, reason
 from jobs.logkeeper import LogKeeper
-from jobs.record import ACTIVE, IllegalMove, Run, State, Transition
+from jobs.record import Run, State, Transition
 from jobs.slurm import queue
 from jobs.slurm.script import CANCELLED, NOTHING
 
@@ -31,7 +30,6 @@ SRUN_ENDS = re.compile(r"Terminating StepId|Job step aborted|forcing job termina
 SIGNALLED = {signal.strsignal(number) or "": int(number) for number in signal.valid_signals()}
 SIGNALLED["Out Of Memory"] = signal.SIGKILL
 REASON_LINES = 12
-STUCK = 8  # attempts in a row from the same step, after which there is no further one
 MOST_BLIND = 10  # starts of a job that cannot write down how it ended, because the store is away
 
 
@@ -51,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def begin(run: Run, job: str, logs: Path) -> int:
     """0: go on, with the attempt's number on standard output."""
-    check(run)
+    tries.check(run, f"node {socket.gethostname()}")
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return OK
     own = {"launcher": "slurm", "job": job, "slurm": os.environ.get("SLURM_CLUSTER_NAME", ""), "logs": str(logs),
@@ -64,37 +62,9 @@ def begin(run: Run, job: str, logs: Path) -> int:
     return OK
 
 
-def check(run: Run) -> None:
-    """Raises NotReady, StoreError: what this node lacks."""
-    for lack in filter(None, [*inputs.packages(), inputs.check_store(run.root)]):
-        raise NotReady(f"node {socket.gethostname()}: {lack.what}\n  -> {lack.how}")
-    if not run.exists():
-        raise NotReady(
-            f"node {socket.gethostname()}: there is no run {run.id} in {run.root}; a folder must be one that the nodes "
-            "share with the machine that submits: STORE=file:///shared/folder or STORE=s3://bucket/prefix"
-        )
-
-
 def take(run: Run, job: str, own: dict[str, Any]) -> int | None:
-    """Make the run this job's; returns the attempt's number, or None when there is nothing for this job to do."""
-    last = run.last()
-    handle = run.handle(last)
-    mine = handle.get("job") == job
-    if last.state == State.QUEUED and mine:
-        return last.attempt
-    if last.state == State.SUCCEEDED or (last.state == State.CANCELLED and mine):
-        print(f"{run.id} is {last.state}: nothing to do", file=sys.stderr, flush=True)
-        return None
-    if not mine and last.state != State.CREATED:
-        look = run.look(last)
-        if look.alive or (look.alive is None and run.view().active):
-            words = f"{run.id} is {last.state} already, as attempt {last.attempt} ({look.text or handle})"
-            print(words, file=sys.stderr, flush=True)
-            return None
-    if last.state in ACTIVE:
-        run.move(State.PREEMPTED, last.attempt, only_from=last.state, reason=_why_cut(job, mine, run, last))
-        last = run.last()
-    return run.move(State.QUEUED, last.attempt + 1, only_from=last.state, **(handle if mine else own)).attempt
+    """Make the run this job's: see `tries.take`."""
+    return tries.take(run, job, own, lambda last, mine: _why_cut(job, mine, run, last))
 
 
 def end(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> int:
@@ -114,33 +84,15 @@ def end(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> i
 
 def _conclude(run: Run, job: str, logs: Path, said: Path, code: int, begun: bool) -> int:
     last = run.last()
-    handle, folder = run.handle(last), logs / f"attempt-{last.attempt:04d}"
-    if handle.get("job") != job:
+    folder = logs / f"attempt-{last.attempt:04d}"
+    if run.handle(last).get("job") != job:
         return OK if last.state == State.SUCCEEDED else CANCELLED  # another job's: what waits for this one goes too
     LogKeeper(run, folder).close()
     failure = _failure(said.read_text(errors="replace") if said.is_file() else "", code, begun)
-    again = True
-    while again:  # until nobody has moved the run in between
-        last = run.last()
-        found = verdict(last, last.attempt, failure, quiet=code == 0)
-        if last.state == State.CANCELLED:
-            return CANCELLED
-        try:
-            if found.state is not None:
-                why = _reason(failure, folder, said) if failure else found.reason
-                print(why, flush=True)
-                rank = failure.rank if failure and failure.rank >= 0 else None
-                run.move(found.state, last.attempt, only_from=last.state, reason=why, rank=rank)
-            if not found.again or not _allowed(run, job):
-                return OK if found.code == OK else 1
-            run.move(State.QUEUED, last.attempt + 1, only_from=found.state or last.state, **handle)
-            again = False
-        except IllegalMove as error:
-            print(error, flush=True)
-            again = run.last().state == State.CANCELLED
-            if not again:
-                return 1
-    return PREEMPTED
+    found = tries.conclude(run, job, failure, lambda failed: _reason(failed, folder, said), quiet=code == 0)
+    if found.state == State.CANCELLED:
+        return CANCELLED
+    return PREEMPTED if found.again else OK if found.code == OK else 1
 
 
 def job_id(environment: Any) -> str:
@@ -199,24 +151,6 @@ def _reason(failure: Exit, folder: Path, said: Path) -> str:
         return reason(failure, folder / f"rank-{failure.rank:04d}.log")
     lines = said.read_text(errors="replace").strip().splitlines() if said.is_file() else []
     return redact("\n".join(["the ranks could not be started:", *lines[-REASON_LINES:]]))
-
-
-def _allowed(run: Run, job: str) -> bool:
-    """Whether launch.max_attempts and launch.deadline_h leave room for another start of this job."""
-    launch, moves = run.recipe().launch, run.transitions()
-    since = next(t for t in moves if t.info.get("job") == job)
-    failed = sum(t.state == State.FAILED for t in moves if t.number > since.number)
-    if failed >= launch.max_attempts:
-        print(f"no further attempt: {failed} have failed and launch.max_attempts is {launch.max_attempts}", flush=True)
-        return False
-    steps = [claim.step for claim in commits.claims(run.store)][-STUCK:]
-    if len(steps) == STUCK and len(set(steps)) == 1:
-        print(f"no further attempt: {STUCK} in a row began at step {steps[0]}; do they get time enough?", flush=True)
-        return False
-    late = bool(launch.deadline_h) and time.time() - since.time > 3600 * launch.deadline_h
-    if late:
-        print("no further attempt: launch.deadline_h is over", flush=True)
-    return not late
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

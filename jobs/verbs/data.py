@@ -10,17 +10,27 @@ from jobs.verbs.submit import say
 def shards(settings: Settings) -> int:
     source_uri = check_uri(settings.need("src"), "SRC")
     target_uri = check_uri(settings.need("dst"), "DST")
-    if settings.short_side < 0:
-        raise UserError(f"SHORT_SIDE: must not be negative, got {settings.short_side}")
-    from core.data.source import open_source
+    _check(settings, source_uri, target_uri)
+    from core.data import reshard
+    from core.data.originals import open_original
     from core.storage import open_store
-    from jobs.reshard import Reshard, summary
 
-    target = open_store(target_uri)
-    if target.size("index.json") is not None:
-        raise UserError(f"DST: {target_uri} holds shards already; choose another place or remove them first")
-    rewriting = Reshard(open_source(source_uri), settings.short_side, say)
-    index = rewriting.write(target)
-    print(summary(index, rewriting.bad))
+    source = open_original(source_uri, settings.split)
+    licence = settings.licence or source.licence
+    wanted = reshard.Settings(settings.short, settings.quality, settings.split, licence)
+    index = reshard.Reshard(source, wanted, say, settings.workers).write(open_store(target_uri))
+    print(reshard.summary(index))
     print(f'next: make submit RECIPE=... SET="data.source={target_uri}"')
     return OK
+
+
+def _check(settings: Settings, source_uri: str, target_uri: str) -> None:
+    """Raises UserError."""
+    if settings.short < 0:
+        raise UserError(f"SHORT: must not be negative, got {settings.short}")
+    if not 1 <= settings.quality <= 100:
+        raise UserError(f"QUALITY: must be from 1 to 100, got {settings.quality}")
+    if settings.workers < 0:
+        raise UserError(f"WORKERS: must not be negative, got {settings.workers}")
+    if f"{target_uri}/".startswith(f"{source_uri}/"):
+        raise UserError(f"DST: {target_uri} lies in SRC; choose another place, so that shards are no part of the data")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 from jobs import launchers
 from jobs.errors import OK, UserError
@@ -54,17 +53,9 @@ def _logs(run: Run) -> list[tuple[str, str]]:
     last = run.last()
     prefix = f"logs/attempt-{last.attempt:04d}/"
     texts = {entry.key.removeprefix(prefix): run.store.get(entry.key) for entry in run.store.list(prefix)}
-    for path in _local_logs(run):
-        content = path.read_bytes()
-        if len(content) > len(texts.get(path.name, b"")):
-            texts[path.name] = content
-    return [(f"{prefix}{name}", texts[name].decode(errors="replace")) for name in sorted(texts)]
-
-
-def _local_logs(run: Run) -> list[Path]:
-    last = run.last()
     handle = run.handle(last)
-    if not handle:
-        return []
-    folder = launchers.find(handle.get("launcher", "local")).logs(handle, last.attempt)
-    return sorted(folder.glob("*.log")) if folder else []
+    near = launchers.find(handle.get("launcher", "local")).logs(handle, last.attempt) if handle else {}
+    for name, content in near.items():
+        if len(content) > len(texts.get(name, b"")):
+            texts[name] = content
+    return [(f"{prefix}{name}", texts[name].decode(errors="replace")) for name in sorted(texts)]

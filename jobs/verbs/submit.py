@@ -105,15 +105,18 @@ def choose_launcher(settings: Settings, recipe: Recipe) -> Launcher:
     return launchers.find(name).at(settings.site())
 
 
-def ready(recipe: Recipe, root: str, gpus: int) -> None:
-    """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, NotReady."""
+def ready(recipe: Recipe, root: str, gpus: int, beside: bool = True) -> None:
+    """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, NotReady.
+
+    beside: with what a method reads beside the images.
+    """
     preflight.check_networks(recipe)
     inputs.require(recipe, root, gpus)
     hub.stage(recipe, root, say)
     module = inputs.preparer(recipe)
     if module:
         module.prepare(recipe, root, say)
-    preflight.check_data(recipe, root)
+    preflight.check_data(recipe, root, beside)
 
 
 def attempt_info(settings: Settings, launcher: Launcher) -> dict[str, Any]:

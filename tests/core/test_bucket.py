@@ -14,7 +14,7 @@ import pytest
 
 from core.bucket import S3Store
 from core.bucket_client import S3Options
-from core.storage import AccessDenied, ExpiredCredentials, MissingObject, StoreError
+from core.storage import AccessDenied, ExpiredCredentials, MissingObject, StoreError, crc32c
 from tests.core.test_storage import each_operation, in_forks, keys, use_from_forks
 from tests.faults import Exchange, FaultyProxy, cut_body, lose_answer, lose_request, refusal
 
@@ -98,17 +98,26 @@ class BucketBehaviour:
         assert sorted(os.listdir(tmp_path)) == before
 
     def test_a_large_file_comes_down_in_parts(self, proxy: FaultyProxy, bucket: str, tmp_path: Path) -> None:
-        store = S3Store(bucket, S3Options(part_bytes=10_000))
+        store = S3Store(bucket, S3Options(range_bytes=10_000))
         data = os.urandom(95_000)
         store.put("x", data)
         store.get_file("x", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == data
         assert sum(line.startswith("GET") for line in proxy.seen) == 10
 
+    @pytest.mark.parametrize("expected", [0, 95_000, 95_001, 120_000, 40_000, 1])
+    def test_what_is_expected_changes_no_byte(self, bucket: str, tmp_path: Path, expected: int) -> None:
+        store = S3Store(bucket, S3Options(range_bytes=10_000))
+        data = os.urandom(95_000)
+        store.put("x", data)
+        with (tmp_path / "copy").open("wb") as file:
+            assert store.load("x", file, expected) == (95_000, crc32c(data))
+        assert (tmp_path / "copy").read_bytes() == data
+
     def test_a_file_overwritten_while_it_comes_down_is_not_mixed(
         self, proxy: FaultyProxy, bucket: str, tmp_path: Path
     ) -> None:
-        store = S3Store(bucket, S3Options(part_bytes=10_000, threads=1))
+        store = S3Store(bucket, S3Options(range_bytes=10_000, threads=1))
         old, new = os.urandom(35_000), os.urandom(25_000)
 
         def overwrite(exchange: Exchange) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from core.cache import ShardCache
+from core.cache import HELD_S, STRIPES, CacheFull, ShardCache
 from core.storage import FileStore, MissingObject, Store, StoreError, crc32c, open_store
 from tests.core.test_storage import in_forks
 
@@ -26,14 +30,11 @@ class CountedStore(FileStore):
         super().__init__(root)
         self.spoiled = spoiled
 
-    def get_file(self, key: str, path: Path) -> None:
-        super().get_file(key, path)
-        with (self.root / "downloads").open("a") as file:
-            file.write(f"{key}\n")
-        if len(self.downloads()) <= self.spoiled:
-            data = bytearray(path.read_bytes())
-            data[len(data) // 2] ^= 1
-            path.write_bytes(data)
+    def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+        found = super().load(key, file, expected)
+        with (self.root / "downloads").open("a") as log:
+            log.write(f"{key}\n")
+        return found if len(self.downloads()) > self.spoiled else (found[0], found[1] ^ 1)
 
     def downloads(self) -> list[str]:
         return (self.root / "downloads").read_text().split() if (self.root / "downloads").exists() else []
@@ -148,9 +149,10 @@ def test_the_limit_holds_while_a_shard_comes_in(tmp_path: Path) -> None:
     totals = []
 
     class Watching(FileStore):
-        def get_file(self, key: str, path: Path) -> None:
-            super().get_file(key, path)
+        def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+            found = super().load(key, file, expected)
             totals.append(sum(file.stat().st_size for file in cache.folder.rglob("*") if file.is_file()))
+            return found
 
     cache = ShardCache(tmp_path / "cache", 250)
     store = Watching(tmp_path / "store")
@@ -170,19 +172,21 @@ def test_an_open_shard_stays_readable_after_its_name_is_gone(store: CountedStore
 
 def test_a_shard_larger_than_the_cache_is_refused(store: CountedStore, tmp_path: Path) -> None:
     fetch = put(store, "a", bytes(101))
-    with pytest.raises(StoreError, match="101 bytes.*100.*raise its limit"):
+    with pytest.raises(StoreError, match="101 bytes.*100.*raise loader.cache_gb"):
         fetch(ShardCache(tmp_path / "cache", 100))
 
 
 def test_what_a_killed_process_left_is_removed(store: CountedStore, cache: ShardCache) -> None:
     class Deadly(FileStore):
-        def get_file(self, key: str, path: Path) -> None:
-            path.write_bytes(b"half")
+        def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+            os.write(file.fileno(), b"half")
             os._exit(0)
 
     fetch = put(Deadly(store.root), "shard", b"half of it")
     in_forks(1, lambda number: fetch(cache))
-    assert [path.name for path in cache.folder.rglob("*") if path.is_file() and path.read_bytes() == b"half"] != []
+    assert [
+        path.name for path in cache.folder.rglob("*") if path.is_file() and path.read_bytes().startswith(b"half")
+    ] != []
     whole = put(store, "other", b"whole")(cache)
     assert kept(cache) == [whole]
 
@@ -191,10 +195,10 @@ def test_what_a_living_process_downloads_is_left_alone(store: CountedStore, cach
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(FileStore):
-        def get_file(self, key: str, path: Path) -> None:
-            super().get_file(key, path)
+        def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
             begun.set()
             assert go_on.wait(60)
+            return super().load(key, file, expected)
 
     slow = put(Slow(store.root), "slow", b"slow but whole")
     others = [put(store, f"other-{i}", b"x") for i in range(3)]  # three: one may happen to wait for the slow one's lock
@@ -226,3 +230,87 @@ def test_many_processes_in_a_small_cache_always_read_the_right_bytes(store: Coun
 
     in_forks(4, work)
     assert sum(path.stat().st_size for path in kept(cache)) <= 3000
+
+
+def test_a_file_of_before_the_machine_started_is_verified_once(store: CountedStore, cache: ShardCache) -> None:
+    fetch = put(store, "shard", b"never flushed")
+    path = fetch(cache)
+    path.write_bytes(b"never written")
+    os.utime(path, (1, 1))
+    assert fetch(cache).read_bytes() == b"never flushed"
+    assert store.downloads() == ["shard", "shard"]
+    os.utime(path, (1, 1))
+    assert [fetch(cache).read_bytes() for _ in range(2)] == [b"never flushed"] * 2
+    assert store.downloads() == ["shard", "shard"]
+    assert path.stat().st_mtime > 1
+
+
+def ahead(store: Store, key: str, data: bytes) -> Callable[[ShardCache], bool]:
+    """Stores `data`; what is returned fetches it before it is needed."""
+    store.put(key, data)
+    return lambda cache: cache.fetch_ahead(store, key, len(data), crc32c(data))
+
+
+def test_what_was_fetched_ahead_is_there_when_it_is_needed(store: CountedStore, cache: ShardCache) -> None:
+    assert ahead(store, "shard", b"soon")(cache) is True
+    assert ahead(store, "shard", b"soon")(cache) is False
+    assert put(store, "shard", b"soon")(cache).read_bytes() == b"soon"
+    assert store.downloads() == ["shard"]
+
+
+def test_fetching_ahead_drops_nothing_that_was_used_lately(store: CountedStore, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 250)
+    paths = [put(store, key, key.encode() * 100)(cache) for key in "ab"]
+    with pytest.raises(CacheFull, match=r"no room .*raise loader\.cache_gb"):
+        ahead(store, "c", b"c" * 100)(cache)
+    assert sorted(kept(cache)) == sorted(paths)
+    for path in paths:
+        os.utime(path, (time.time() - 2 * HELD_S,) * 2)
+    assert cache.fetch_ahead(store, "a", 100, crc32c(b"a" * 100)) is False, "there already, and marked"
+    assert ahead(store, "c", b"c" * 100)(cache) is True
+    assert sorted(path.read_bytes()[:1] for path in kept(cache)) == [b"a", b"c"]
+
+
+def test_fetching_ahead_leaves_to_another_process_what_it_is_at(store: CountedStore, cache: ShardCache) -> None:
+    fetch = ahead(store, "shard", b"bytes")
+    path = put(store, "shard", b"bytes")(cache)
+    path.unlink()
+    with (cache.folder / "locks" / path.name[:STRIPES]).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert fetch(cache) is False
+    assert fetch(cache) is True
+
+
+def test_downloads_that_begin_together_share_the_limit(store: CountedStore, tmp_path: Path) -> None:
+    cache, totals = ShardCache(tmp_path / "cache", 250), []
+    both = threading.Barrier(2)
+
+    class Together(FileStore):
+        def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+            both.wait(30)
+            totals.append(sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file()))
+            return super().load(key, file, expected)
+
+    old = [put(store, key, key.encode() * 100)(cache) for key in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        new = [put(Together(store.root), key, key.encode() * 100) for key in "cd"]
+        assert [path.read_bytes()[:1] for path in pool.map(lambda fetch: fetch(cache), new)] == [b"c", b"d"]
+    assert totals == [200, 200]
+    assert not any(path.exists() for path in old)
+
+
+def test_a_folder_that_cannot_be_written_is_named(store: CountedStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match=f"shard cache {tmp_path}/file/cache: Not a directory"):
+        put(store, "a", b"a")(ShardCache(tmp_path / "file" / "cache", 100))
+
+
+def test_a_full_disk_says_what_can_be_done(tmp_path: Path) -> None:
+    class Full(FileStore):
+        def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = ShardCache(tmp_path / "cache", 100)
+    with pytest.raises(StoreError, match=r"No space left on device: free space, lower loader\.cache_gb"):
+        put(Full(tmp_path / "store"), "a", b"a")(cache)
+    assert kept(cache) == []

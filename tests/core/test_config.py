@@ -144,6 +144,7 @@ def test_values_of_overrides_are_yaml(write: Write, item: str, group: str, field
         ("student:\n  args: {x: 2020-01-01}\n", 4, "student.args.x: "),
         ("profiles: [fast]\n", 3, "profiles must be a mapping of fields"),
         ("a: [\n", 4, "not valid YAML"),
+        ("about: {paper: !!python/object/apply:os.getcwd []}\n", 3, "not valid YAML"),
     ],
 )
 def test_a_wrong_line_of_a_file_is_named_with_field_and_reason(write: Write, more: str, line: int, hint: str) -> None:
@@ -182,6 +183,7 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
             "teachers.one.cls=tokens",
             "teachers.one.cls: 'tokens' is not one of token, pooled, projected; did you mean token?",
         ),
+        ("data.pixels=quick", "data.pixels: 'quick' is not one of exact, fast"),
         ("launch.device=gpu", "launch.device: 'gpu' is not one of auto, cpu, cuda"),
         ("train.lr=nan", "train.lr: nan is not a finite number"),
         ("train.betas=[0.9, .nan]", "train.betas: nan is not a finite number"),
@@ -219,6 +221,19 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
 )
 def test_a_wrong_override_is_refused(write: Write, item: str, message: str) -> None:
     assert message in refusal(write(), "", [item])
+
+
+def test_off_is_a_word_and_false_a_truth_value(write: Write) -> None:
+    assert load(write("features: off\nlog: {tensorboard: false}\n")).features == "off"
+    assert load(write(), "", ["features=off"]).features == "off"
+    assert not load(write("log: {tensorboard: false}\n")).log.tensorboard
+    assert "log.tensorboard" in refusal(write("log: {tensorboard: nope}\n"))
+
+
+def test_fewer_ranks_to_begin_with_cannot_be_more_than_all(write: Write) -> None:
+    path = write("launch: {ranks: 2}\n")
+    assert "launch.min_ranks: 3 is above launch.ranks, 2" in refusal(path, "", ["launch.min_ranks=3"])
+    assert load(path, "", ["launch.min_ranks=2"]).launch.min_ranks == 2
 
 
 def test_names_that_cannot_be_part_of_an_address_are_refused(write: Write) -> None:
@@ -336,6 +351,19 @@ def test_a_stored_recipe_is_checked_like_any_other() -> None:
             from_yaml(text, "run/recipe.yaml")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["data.weights=[1, 2]"], "data.weights: numbers 2, sources 1; give one for data.source and one for each of"),
+        (["data.merge=[x]", "data.weights=[1, 0]"], "data.weights: must be above 0"),
+        (["data.merge=[x]", "data.weights=[1, 2]", "data.samples=9"], "data.samples: not together with data.weights"),
+        (["data.merge=[x]", "data.weights=[1, 2]", "data.repeats=2"], "data.repeats: not together with data.weights"),
+    ],
+)
+def test_weights_that_do_not_fit_the_sources_are_refused(write: Write, given: list[str], message: str) -> None:
+    assert message in refusal(write(), "", given)
+
+
 SIZES = {"img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "window_size",
          "num_classes"}  # of a network  # fmt: skip
 HEADS = {"hidden", "bottleneck", "out", "local_crops", "local_size"}  # sizes and counts among a method's options
@@ -352,7 +380,7 @@ def may_differ(field: str) -> bool:
     if field.split(".")[0] in ("train", "stages"):
         return last in STEPS
     if field.startswith(("student.", "teachers.")):
-        return last == "weights" or (group.endswith(".args") and last in SIZES)
+        return last in ("weights", "text") or (group.endswith(".args") and last in SIZES)
     return field.startswith(WHERE)
 
 

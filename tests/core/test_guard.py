@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Store:
 
 
 def micros(step: int, bad: tuple[str, ...] = ()) -> list[MicroBatch]:
-    return [MicroBatch(step, m, 0, torch.tensor([10 * step + m]), {}, list(bad)) for m in range(2)]
+    return [MicroBatch(step, m, 0, 0, torch.tensor([10 * step + m]), {}, list(bad)) for m in range(2)]
 
 
 def follow(guard: LossGuard, losses: list[float], check_every: int) -> None:

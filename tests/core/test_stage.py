@@ -92,6 +92,24 @@ def test_what_a_micro_batch_holds_does_not_depend_on_the_rank_that_gets_it(tmp_p
     assert len({tuple(draws) for _, _, draws in alone.values()}) == 4
 
 
+def both_ways(root: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Samples and views of the first micro-batch with exact and with fast pixels."""
+    found = []
+    for way in ("exact", "fast"):
+        stage = made(root, toy.recipe(data={"pixels": way}))
+        batch = stage.batch(next(stage.batches(0))[0])
+        found.append((batch.index, batch.views))
+    return found
+
+
+def test_the_recipe_chooses_how_pixels_are_made_and_nothing_else_changes(tmp_path: Path) -> None:
+    ((exact_index, exact), (fast_index, fast)) = run_ranks(both_ways, 1, toy.store(tmp_path))[0]
+    assert torch.equal(exact_index, fast_index)
+    apart = (exact["image"] - fast["image"]).abs()
+    assert apart.max() > 0  # in normalised units: a grey level is 0.017
+    assert apart.mean() < 0.005
+
+
 # ---- the held-out loss
 
 

@@ -28,6 +28,9 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No option of the shell or the make that runs the tests reaches a command under test."""
     for name in [*(n.upper() for n in Settings.__dataclass_fields__), "RETORT_STORE"]:
         monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_ADDRESS", "KUBECONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no kube context of the person who runs the tests
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

@@ -96,6 +96,7 @@ class FakeWorker:
         """Runs until a signal comes, saves and leaves."""
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(signum, self._ask)
+        print("ready", flush=True)
         self._say(State.RUNNING)
         limit = time.monotonic() + PATIENCE_S
         while not self.asked and time.monotonic() < limit:

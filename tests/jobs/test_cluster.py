@@ -8,14 +8,29 @@ import pytest
 
 from core.config import ConfigError
 from jobs.cluster import Cluster, load, names
+from jobs.ray.site import Kubernetes, Toleration
 
 
-def test_the_three_examples_load_and_explain_themselves() -> None:
-    assert names() == ["apptainer", "bare", "pyxis"]
+def test_the_examples_load_and_explain_themselves() -> None:
+    assert names() == ["apptainer", "bare", "kubernetes", "pyxis"]
     for name in names():
         assert load(name).about
         assert Path(__file__).parents[2].joinpath(f"jobs/clusters/{name}.yaml").read_text().startswith("# ")
-    assert [load(name).container for name in names()] == ["apptainer", "", "pyxis"]
+    assert [load(name).container for name in names()] == ["apptainer", "", "", "pyxis"]
+
+
+def test_the_example_for_kubernetes_says_where_pods_go() -> None:
+    found = load("kubernetes")
+    assert found.image
+    assert found.kubernetes.queue == "retort"
+    assert found.kubernetes.tolerations == [Toleration("nvidia.com/gpu", "Exists", effect="NoSchedule")]
+    assert [load(name).kubernetes for name in names() if name != "kubernetes"] == [Kubernetes()] * 3
+
+
+def test_a_variable_whose_name_only_sounds_secret_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text('env: {TOKENIZERS_PARALLELISM: "false"}')
+    assert load(str(path)).env == {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_no_name_leaves_everything_to_slurm() -> None:
@@ -29,7 +44,7 @@ def test_ranks_of_a_node_are_its_gpus_unless_they_are_counted() -> None:
 
 
 def test_an_unknown_cluster_is_told_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean pyxis.*there is: apptainer, bare, pyxis"):
+    with pytest.raises(ConfigError, match=r"did you mean pyxis.*there is: apptainer, bare, kubernetes, pyxis"):
         load("pyxi")
 
 
@@ -39,7 +54,8 @@ def test_an_unknown_cluster_is_told_with_those_that_there_are() -> None:
      ("\npartition: gpu\ntime_min: soon", ":3: "),
      ("time_min: -1", "time_min: must not be negative"),
      ("container: docker\nimage: x", "container: must be one of apptainer, pyxis"),
-     ("container: pyxis", "image: an image needs"), ("image: x.sif", "image: an image needs"),
+     ("container: pyxis", "image: `container: pyxis` needs an image"), ("image: x.sif", "image: an image needs"),
+     ("image: x.sif\nkubernetes: {}", "image: an image needs"),
      ("python: venv/bin/python", "python: must be a path from the root"),
      ("gpu_type: h100", "gpu_type: needs gpus_per_node"),
      ("cpus_per_task: 0", "cpus_per_task: must be at least 1"),
@@ -51,7 +67,27 @@ def test_an_unknown_cluster_is_told_with_those_that_there_are() -> None:
      ("extra: {nodes: '4'}", "extra: nodes is Retort's own to set"),
      ('partition: "gpu\\n#SBATCH --uid=0"', "partition: must be one line"),
      ('extra: {comment: "a\\nrm -rf"}', "in one line"), ('setup: ["a\\nb"]', "setup: must be one line"),
-     ('env: {A: "x\\ny"}', "env: A must be one line")],
+     ('env: {A: "x\\ny"}', "env: A must be one line"),
+     ("env: {AWS_SECRET_ACCESS_KEY: x}", "name a Secret under kubernetes.secrets"),
+     ("env: {hf_token: x}", "name a Secret under kubernetes.secrets"),
+     ("\nkubernetes:\n  nodes: {a: b}", ":3: unknown field kubernetes.nodes"),
+     ("kubernetes:\n  queu: a", ":2: unknown field kubernetes.queu; did you mean kubernetes.queue"),
+     ("kubernetes:\n  shm_gb: much", ":2: "), ("kubernetes: {ttl_s: -1}", "kubernetes.ttl_s: must not be negative"),
+     ("kubernetes:\n  queue: a\n  secrets: [My Keys]", ":3: kubernetes.secrets: 'My Keys' cannot be a name"),
+     ('kubernetes: {namespace: ""}', "kubernetes.namespace: must not be empty"),
+     ("kubernetes: {run_as: 0}", "kubernetes.run_as: pods do not run as root"),
+     ("kubernetes: {auth: none}", "kubernetes.auth: must be one of token, disabled, got 'none'"),
+     ("kubernetes: {priority: high}", "kubernetes.priority: is Kueue's and needs queue"),
+     ("kubernetes: {rdma: hca}", "kubernetes.rdma: 'hca' is not the name of a resource"),
+     ("kubernetes: {cache_path: mnt}", "kubernetes.cache_path: must be a path from the root"),
+     ("kubernetes: {cache_path: /mnt, cache_gb: 5}", "kubernetes.cache_gb: is of a folder that ends with its pod"),
+     ("kubernetes: {node_selector: {pool: a b}}", "kubernetes.node_selector: pool: 'a b' is not a label"),
+     ("kubernetes:\n  tolerations:\n    - {key: a, efect: NoExecute}", ":2: kubernetes.tolerations: "),
+     ("kubernetes: {tolerations: [{key: a, operator: Is}]}", "operator must be one of Equal, Exists, got 'Is'"),
+     ("kubernetes: {tolerations: [{key: a, effect: No}]}", "effect must be one of NoSchedule, "),
+     ("kubernetes: {tolerations: [{value: a}]}", "kubernetes.tolerations: a key is missing"),
+     ("kubernetes: {tolerations: [{key: a, operator: Exists, value: b}]}", "a: `operator: Exists` takes no value"),
+     ("kubernetes: {tolerations: [{key: a, seconds: 5}]}", "a: seconds need `effect: NoExecute`")],
 )  # fmt: skip
 def test_a_mistake_is_named_with_field_file_and_line(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "site.yaml"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jobs import cli, doctor
 from jobs.errors import NOT_READY
+from jobs.spec import REPOSITORY
 
 
 def test_a_machine_and_a_recipe_that_work(tiny_recipe: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,3 +59,20 @@ def test_packages_are_compared_with_the_lock_file(tmp_path: Path) -> None:
 def test_too_little_room_is_a_failure(tmp_path: Path) -> None:
     assert doctor.disk("disk", tmp_path, 0, "fix").fix == ""
     assert "fix" in doctor.disk("disk", tmp_path, 1e9, "fix").fix
+
+
+def test_a_quick_look_needs_no_torch_and_no_store() -> None:
+    code = "import sys; from jobs.cli import main; end = main(sys.argv[1:]); sys.exit('torch' in sys.modules or end)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, "doctor", "--quick", "--store", "file:///proc/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        "ok    python", "ok    packages", "ok    disk", "ok    shared memory", "all is well",
+    ]  # fmt: skip
+
+
+def test_a_quick_look_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "SHM_GB", 1e9)
+    assert cli.main(["doctor", "--quick"]) == NOT_READY
+    assert "FAIL  shared memory" in capsys.readouterr().out

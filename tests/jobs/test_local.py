@@ -19,6 +19,7 @@ from jobs.launchers.local import Local
 from jobs.placement import Placement
 from jobs.record import Run, State
 from tests.jobs.conftest import end_supervisor, fake_worker
+from tests.kube_server import KubeServer
 
 MakeRun = Callable[..., Run]
 LIMIT_S = 30.0
@@ -139,14 +140,22 @@ def test_a_signal_to_another_process_of_the_same_number_is_not_sent(new_run: Mak
     assert not process.send({**info, "host": "elsewhere"}, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("name", "words"), [("ray", "not built"), ("lcal", "mean local"), ("auto", "unknown")])
+@pytest.mark.parametrize(("name", "words"), [("lcal", "mean local"), ("auto", "unknown")])
 def test_launchers_that_are_not_there_say_so(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         launchers.find(name)
 
 
-def test_auto_is_this_machine_where_no_slurm_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+def test_auto_takes_slurm_then_ray_then_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("jobs.slurm.queue.answers", lambda: False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert launchers.automatic()[0] == "local"
+    with KubeServer(tmp_path) as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+        assert launchers.automatic() == ("ray", "there is a Kubernetes context")
+        assert not server.seen  # nobody is asked for that
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert launchers.automatic() == ("ray", "RAY_ADDRESS is set")
     monkeypatch.setattr("jobs.slurm.queue.answers", lambda: True)
     assert launchers.automatic()[0] == "slurm"

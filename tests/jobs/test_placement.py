@@ -8,7 +8,7 @@ import pytest
 
 from core.config import Launch, Recipe, Train
 from jobs.errors import UserError
-from jobs.placement import Placement, allowed_ranks, place, spread
+from jobs.placement import Placement, allowed_ranks, gathered, place, spread
 
 Stages = dict[str, dict[str, int]]
 
@@ -58,3 +58,19 @@ def test_nodes_are_full_but_for_a_single_one(ranks: int, per_node: int, nodes: i
 def test_a_number_that_leaves_a_node_half_empty_is_refused_with_those_that_fit() -> None:
     with pytest.raises(UserError, match="4 ranks on nodes of 3 .* allowed: 1, 2"):
         spread(recipe(ranks=4), 3, gpus=3, cpus=1)
+
+
+GPUS = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "launch", "cpus", "ranks", "over"),
+    [(GPUS, {}, 2, 4, 1), (GPUS, {"ranks": 2}, 2, 2, 1), (GPUS, {"ranks": 8}, 2, 8, 3),
+     ([{"CPU": 1.0}] * 3, {}, 1, 2, 2), ([{"CPU": 8.0}] * 2, {"ranks": 4}, 2, 4, 1), ([{"CPU": 1.0}], {}, 2, 1, 1)],
+)  # fmt: skip
+def test_ranks_fill_the_largest_nodes_that_there_are(
+    nodes: list[dict[str, float]], launch: dict[str, int], cpus: int, ranks: int, over: int
+) -> None:
+    found = gathered(recipe(64, 8, **launch), nodes, cpus)
+    assert (found.ranks, found.nodes) == (ranks, over)
+    assert found.device == ("cuda" if nodes is GPUS else "cpu")

@@ -34,7 +34,9 @@ dist.destroy_process_group()
 
 def test_slurm_s_variables_become_torch_s() -> None:
     found = ranks_env.from_scheduler(SLURM)
-    assert found == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "6"}
+    ours = {"RETORT_NODE": "0", "RETORT_NODES": "1", "RETORT_NODELIST": "", "RETORT_START": "7-0-1"}
+    torch = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "6"}
+    assert found == {**torch, **ours}
     assert ranks_env.from_scheduler({**SLURM, "OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
 
 

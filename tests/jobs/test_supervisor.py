@@ -110,13 +110,15 @@ def test_signals_reach_every_rank(new_run: MakeRun, tmp_path: Path, signum: sign
     thread = threading.Thread(target=lambda: codes.append(watch.work(1)))
     thread.start()
     wait_for(run, State.RUNNING)
+    logs = [tmp_path / f"logs/attempt-0001/rank-{rank:04d}.log" for rank in range(2)]
+    limit = time.monotonic() + LIMIT_S
+    while not all("ready" in log.read_text() for log in logs) and time.monotonic() < limit:
+        time.sleep(0.02)
     watch.stop(signum)
     thread.join(LIMIT_S)
     assert codes == [75]
     assert run.last().state == State.PREEMPTED
-    if signum != signal.SIGTERM:  # which also ends a rank that has no handler yet
-        for rank in range(2):
-            assert f"asked by {signum.name}" in (tmp_path / f"logs/attempt-0001/rank-{rank:04d}.log").read_text()
+    assert all(f"asked by {signum.name}" in log.read_text() for log in logs)
 
 
 def test_sigterm_ends_the_attempts_too(new_run: MakeRun, tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_the_end_of_an_attempt_is_written_down_once_the_store_is_back(
 ) -> None:
     run = new_run()
     watch = supervisor(run, "killed", tmp_path, policy=Policy(1))
-    monkeypatch.setattr("jobs.launchers.supervisor.STORE_PAUSE_S", 1.0)
+    monkeypatch.setattr("jobs.launchers.tries.STORE_PAUSE_S", 1.0)
     last, failures = run.last, iter(range(2))
 
     def down() -> Any:

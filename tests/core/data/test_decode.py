@@ -1,5 +1,6 @@
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -116,3 +117,35 @@ def test_pixels_in_memory_are_rearranged():
 def test_other_arrays_are_refused(image: np.ndarray):
     with pytest.raises(CorruptImage, match="are not uint8"):
         to_tensor(image)
+
+
+@pytest.mark.parametrize("name", ["plain", "grey", "progressive", "odd", "cmyk", "extra bytes"])
+def test_pixels_are_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch, name: str):
+    data = {
+        "plain": encode(pixels(1, 90, 121), quality=92),
+        "grey": encode(pixels(1)[..., 0]),
+        "progressive": encode(pixels(1, 90, 121), progressive=True),
+        "odd": encode(pixels(2, 31, 33), subsampling=0),
+        "cmyk": encode(Image.fromarray(RGB).convert("CMYK")),
+        "extra bytes": encode(RGB)[:-2] + b"trailing" + encode(RGB)[-2:],
+    }[name]
+    found = [decode(data, least) for least in (0, 500, 100)]
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    assert all(torch.equal(a, decode(data, least)) for a, least in zip(found, (0, 500, 100), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_large_image_comes_smaller_but_with_enough_pixels(kind: str):
+    picture = pixels(0, 101, 150)
+    data = encode(picture, kind)
+    assert decode(data).shape == (3, 101, 150)
+    assert decode(data, 101 * 150 // 3).shape == (3, 101, 150)
+    half = decode(data, 101 * 150 // 5)
+    assert half.shape == (3, 51, 75)
+    want = np.asarray(Image.fromarray(picture).resize((75, 51), Image.Resampling.BOX)).astype(float)
+    assert np.abs(half.permute(1, 2, 0).numpy() - want).mean() < 3
+    assert decode(data, 1).shape == (3, 13, 19)
+
+
+def test_pixels_in_memory_come_smaller_too():
+    assert to_tensor(pixels(0, 40, 60), 600).shape == (3, 20, 30)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from core.data.order import Order
+from tests.perf.order import Run, fetched, reads, shuffle
 
 UNEVEN = np.array([7, 1, 30, 12, 12, 3, 25, 10])  # 100 samples
 SIZES = [UNEVEN, np.ones(100, np.int64), np.array([100]), np.array([0, 60, 0, 40])]
@@ -79,3 +80,48 @@ def test_a_pickled_order_goes_on_alike():
 def test_sizes_must_be_positive(streams: int, block: int):
     with pytest.raises(ValueError, match="above 0"):
         Order(UNEVEN, 5, streams, block)
+
+
+# ---- at scale: what tests/perf/order.py states, kept from getting worse
+
+NODES = 64
+IMAGENET = Run("ImageNet, shards of 140 MB", 1_281_167, 110_000, 140_000_000, streams=512, batch=4096)
+
+
+def test_a_node_reads_its_share_of_the_shards_and_borders():
+    order = IMAGENET.order()
+    nodes = [reads(order, node, 1)[0] for node in range(NODES)]
+    share = len(order.shard_sizes) / NODES
+    assert max(map(len, nodes)) <= share + 3
+    assert set().union(*nodes) == set(range(len(order.shard_sizes)))
+    readers = np.bincount(np.concatenate(nodes))
+    assert readers.max() == 2
+    assert (readers > 1).sum() <= NODES - 1, "a shard at each border between two nodes"
+
+
+def test_a_cache_of_the_whole_set_ends_the_traffic_and_one_of_a_nodes_share_bounds_it():
+    order = IMAGENET.order()
+    line, count = reads(order, 5, 200), len(order.shard_sizes)
+    assert sum(fetched(line, count)) <= count, "each shard once"
+    assert sum(fetched(line, count)[150:]) <= 0.1 * sum(map(len, line[150:]))
+    small = fetched(line, 18)
+    assert max(small) <= 18
+    half = sum(fetched(line, count // 2)[100:]) / sum(map(len, line[100:]))
+    assert 0.4 < half < 0.7, "permuted anew each epoch, half of the shards are there"
+
+
+def test_a_batch_of_many_streams_is_as_mixed_as_a_perfect_shuffle():
+    """Storage sorted by class: 4096 samples of 512 streams."""
+    found = shuffle(IMAGENET, some=6)
+    own, ideal = found["order"], found["perfect shuffle"]
+    assert own["classes / batch"] > 0.99 * ideal["classes / batch"]
+    assert own["bits of class entropy / batch"] > 0.99 * ideal["bits of class entropy / batch"]
+    assert own["pairs that meet again, / perfect"] == pytest.approx(1, abs=0.05)
+    assert own["% of a batch whose storage neighbour is in it too"] < 1
+
+
+def test_few_streams_mix_as_many_shards_as_their_blocks_hold():
+    """Which is why shards are written in shuffled order: 8 streams of 1024 samples see 80 to 100 classes, not 641."""
+    found = shuffle(Run("few", 1_281_167, 110_000, 140_000_000, streams=8, batch=1024), some=6)
+    assert 70 < found["order"]["classes / batch"] < 110
+    assert found["order"]["pairs that meet again, / perfect"] < 1.6

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from core.cache import ShardCache
-from core.data.shards import write_shards
+from core.data.shards import ROW, Sample, write_index, write_shard, write_shards
 from core.data.source import DataError, FolderSource, open_source
-from core.storage import FileStore, Store, crc32c, open_store
+from core.storage import FileStore, Store, StoreError, crc32c, open_store
 from tests.core.data.images import jpeg
+from tests.faults import FaultyProxy, refusal
 
-Sample = tuple[str, bytes, str, int]
+Made = tuple[str, bytes, str, int]
 
 
-def make(count: int = 10) -> list[Sample]:
+def make(count: int = 10) -> list[Made]:
     return [(f"n0{i % 2}/img.{i}", jpeg(i), "JPG", i % 2) for i in range(count)]
 
 
@@ -27,7 +28,7 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
 
 
-def write(store: Store, samples: list[Sample] | None = None, shard_bytes: int = 4000) -> dict[str, Any]:
+def write(store: Store, samples: list[Made] | None = None, shard_bytes: int = 4000) -> dict[str, Any]:
     return write_shards(samples or make(), store, "set", shard_bytes, ["cat", "dog"])
 
 
@@ -84,7 +85,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path):
 
 
 def test_an_interrupted_write_is_no_data_set(store: FileStore):
-    def broken() -> Iterator[Sample]:
+    def broken() -> Iterator[Made]:
         yield from make()
         raise RuntimeError("disk gone")
 
@@ -121,7 +122,7 @@ def edit(store: FileStore, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2 instead of 1"),
+        ({"schema": 1}, "schema 1 instead of 2"),
         ({"samples": 11}, "do not fit"),
         ({"shards": [{"name": "shard-000000"}]}, "do not fit"),
         ({"shards": []}, "do not fit"),
@@ -158,16 +159,65 @@ def test_missing_and_cut_files_are_all_named_at_once(store: FileStore):
         open_source(f"{store.uri}/set")
 
 
-@pytest.mark.parametrize("rows", [[[0, 1 << 40, 0]], [[-512, 100, 0]], [[0, 10, 0]]])
-def test_a_damaged_idx_is_found_when_it_is_read(store: FileStore, rows: list[list[int]]):
+@pytest.mark.parametrize(
+    "change", [{"size": 1 << 30}, {"offset": -512}, {"label": -2}, {"text_gap": 9999}, {"size": 9}]
+)
+def test_a_damaged_idx_is_found_when_it_is_read(store: FileStore, change: dict[str, int]):
     index = write(store, [("x", jpeg(0), "jpg", 0)], 10**9)
-    store.put("set/shard-000000.idx", np.array(rows, "<i8").tobytes())
-    if rows[0][1] != 10:  # a matching checksum: then the numbers themselves must be refused
+    rows = np.frombuffer(store.get("set/shard-000000.idx"), ROW).copy()
+    for name, value in change.items():
+        rows[name] = value
+    store.put("set/shard-000000.idx", rows.tobytes())
+    if change != {"size": 9}:  # a matching checksum: then the numbers themselves must be refused
         index["shards"][0]["idx_crc32c"] = crc32c(store.get("set/shard-000000.idx"))
         edit(store, {"shards": index["shards"]})
     source = open_source(f"{store.uri}/set")
     with pytest.raises(DataError, match=r"shard-000000.idx: (points outside|does not match)"):
         source.read(0)
+
+
+def test_texts_and_facts_are_kept_with_the_images(store: FileStore):
+    samples = [
+        Sample("a", jpeg(0), "jpg", 1, "größe ☕"),
+        Sample("b", jpeg(1), "jpg", 0),
+        Sample("c", b"x", "jpg", -1, "c"),
+    ]
+    entry = write_shard(store, 0, samples, ["cat", "dog"])
+    write_index(store, [entry], ["cat", "dog"], split="train", licence="CC0")
+    source = open_source(store.uri)
+    assert [source.text(i) for i in range(3)] == ["größe ☕", "", "c"]
+    assert [source.read(i).data for i in range(3)] == [sample.data for sample in samples]
+    assert [source.label(i) for i in range(3)] == [1, 0, -1]
+    assert source.licence == "CC0"
+    assert json.loads(store.get("index.json"))["split"] == "train"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_sample_that_changed_after_indexing_is_refused(store_uri: str, tmp_path: Path, cached: bool):
+    store = open_store(store_uri)
+    write(store)
+    data = bytearray(store.get("set/shard-000000.tar"))
+    data[700] ^= 1
+    store.put("set/shard-000000.tar", bytes(data))
+    source = open_source(f"{store_uri}/set", ShardCache(tmp_path / "cache", 1 << 20) if cached else None)
+    with pytest.raises((DataError, StoreError), match=r"shard-000000.tar.*(has changed since|is corrupt)"):
+        source.read(0)
+
+
+def test_shards_of_another_data_set_of_the_same_sizes_are_refused(store: FileStore):
+    write(store, [("a", b"1" * 900, "jpg", 0)])
+    write(FileStore(store.root / "other"), [("a", b"2" * 900, "jpg", 0)])
+    store.put("set/index.json", store.get("other/set/index.json"))
+    with pytest.raises(DataError, match=r"shard-000000.idx: does not match index.json"):
+        open_source(f"{store.uri}/set").read(0)
+
+
+def test_shards_are_read_without_the_right_to_list(proxy: FaultyProxy, bucket: str):
+    write(open_store(bucket))
+    proxy.plan(refusal(403, "AccessDenied"), "GET", times=100, having="list-type")
+    assert open_source(f"{bucket}/set").read(3).data == jpeg(3)
+    with pytest.raises(StoreError, match="rights to get, put, list"):
+        open_source(bucket)
 
 
 def test_a_source_goes_to_another_process_without_its_open_files(store: FileStore):
@@ -199,7 +249,7 @@ def test_shards_in_a_bucket_are_read_through_the_cache_or_by_ranges(bucket: str,
     source = open_source(f"{bucket}/set", cache)
     assert [source.read(i).data for i in range(10)] == [data for _, data, _, _ in make()]
     files = [path for path in tmp_path.glob("cache/*") if path.is_file()]
-    assert len(files) == (len(source.shard_sizes) if cached else 0)
+    assert len(files) == (2 * len(source.shard_sizes) if cached else 0)  # tars and their indices
 
 
 class Crowded(ShardCache):

@@ -23,7 +23,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
     queue.cluster_name.cache_clear()
 
     def answer(program: str, out: str = "", error: str = "", code: int = 0) -> None:
-        LAUNCHER._seen.clear()
+        LAUNCHER._looks.forget()
         (folder / f"{program}.out").write_text(out)
         (folder / f"{program}.err").write_text(error)
         own = folder / program

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from core.config import Recipe, load
-from core.storage import StoreError
-from jobs import doctor, inputs
+from core.storage import StoreError, open_store
+from jobs import cli, doctor, inputs
 from jobs.cluster import Cluster
 from jobs.launchers import Order
 from jobs.launchers.slurm import Slurm
@@ -88,6 +88,30 @@ def test_what_sbatch_says_is_quoted_and_nothing_is_recorded(
     with pytest.raises(SlurmError, match="error: Batch job submission failed: Invalid account"):
         slurm.submit([Order(run, recipe, 1, {})], ONE)
     assert run.last().state == State.CREATED
+
+
+def test_workers_are_one_job_and_it_is_said_how_to_look_at_them(slurm: Slurm, recipe: Recipe, asked: Asked) -> None:
+    told = slurm.workers(["-m", "jobs.extract", "--order", "1"], 3, recipe, ONE)
+    assert told == ("SLURM job 12: 3 workers; squeue --jobs=12 shows them, scancel 12 ends them; "
+                    f"{slurm.cluster.logs}/job-12_*.log")  # fmt: skip
+    given = next(Path(slurm.cluster.logs).glob("12_submission.sh")).read_text()
+    assert "#SBATCH --array=0-2" in given
+    assert "-m jobs.extract --order 1" in given
+    assert "--hold" not in given
+    assert len(asked()) == 1
+
+
+def test_features_of_a_store_that_nodes_do_not_see_are_refused_before_anything_is_queued(
+    slurm: Slurm, says: Says, tiny_recipe: Path, root: str, asked: Asked, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    says("sinfo", "cpu\n")
+    (tmp_path / "site.yaml").write_text("shared: [/shared]\n")
+    words = ["features", str(tiny_recipe), "--launcher", "slurm", "--nproc", "4", "--cluster", f"{tmp_path}/site.yaml"]
+    assert cli.main([*words, "--store", root]) == 2
+    assert f"store: the nodes do not see {root.removeprefix('file://')}" in capsys.readouterr().err
+    assert not [line for line in asked() if line.startswith("sbatch")]
+    assert not list(open_store(root).list("features/"))
 
 
 def test_a_job_of_another_cluster_is_not_judged(slurm: Slurm, says: Says) -> None:

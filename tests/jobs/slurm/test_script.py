@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,29 @@ def test_what_comes_after_waits_for_each_run_and_leaves_when_it_fails() -> None:
     assert '-m jobs eval "$run" --store s3://b/p' in one.text
     many = script.after("eval", RICH, FOUR, ["demo-1", "demo-2"], "s3://b/p", Path("/logs"), "12")
     assert many.directives["dependency"] == "aftercorr:12"
+
+
+def workers(cluster: Cluster, count: int = 8, place: Placement = FOUR) -> script.Script:
+    words = ["-m", "jobs.extract", "--store", "s3://b/p q", "--order", "0123"]
+    return script.workers(words, count, Recipe(name="demo"), cluster, place, Path("/logs"))
+
+
+def test_workers_are_an_array_of_one_rank_s_share_each_that_may_be_started_again() -> None:
+    made = workers(RICH)
+    assert options(made.text) == {
+        "job-name": "retort-demo-workers", "nodes": "1", "ntasks-per-node": "1", "cpus-per-task": "6",
+        "gpus-per-node": "h100:1", "mem": "3840M", "signal": "USR2@60", "requeue": "", "partition": "gpu",
+        "account": "me", "qos": "high", "reservation": "maint", "constraint": "ib", "time": "01:30:00",
+        "open-mode": "append", "comment": "'it'\"'\"'s mine'", "exclusive": "user", "array": "0-7",
+        "output": "/logs/job-%A_%a.log",
+    }  # fmt: skip
+    assert "\"${retort[@]}\" -m jobs.extract --store 's3://b/p q' --order 0123\n" in made.text
+    assert '  75) scontrol requeue "$job"' in made.text
+    assert not re.search(r"@\w+@", made.body)
+
+
+def test_one_worker_is_no_array() -> None:
+    assert "array" not in workers(Cluster(), 1, Placement(1, "cpu", 1)).directives
 
 
 def test_the_body_given_to_submitit_is_the_script_without_its_options() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from core.config import load, to_yaml
 from core.storage import StoreError
+from jobs.errors import NotReady
+from jobs.launchers import tries
 from jobs.launchers.ending import Exit
 from jobs.record import Run, State
 from jobs.slurm import step
@@ -144,7 +146,7 @@ def test_no_attempt_is_begun_after_the_deadline(
     to_running(run)
     run.move(State.PREEMPTED, reason="asked to stop")
     later = run.last().time + 3700
-    monkeypatch.setattr(step.time, "time", lambda: later)
+    monkeypatch.setattr(tries.time, "time", lambda: later)
     assert ended(run, tmp_path, code=75) == 1
 
 
@@ -200,10 +202,8 @@ def test_a_store_that_is_away_at_the_end_lets_slurm_start_the_job_again_but_not_
 
 
 def test_a_node_without_the_run_says_that_the_folder_is_not_shared(root: str) -> None:
-    with pytest.raises(
-        step.NotReady, match="there is no run demo-1 in file://.*a folder must be one that the nodes share"
-    ):
-        step.check(Run(root, "demo-1"))
+    with pytest.raises(NotReady, match="^node n1: there is no run demo-1 in file://.*one that the nodes share"):
+        tries.check(Run(root, "demo-1"), "node n1")
 
 
 def test_nodes_that_are_not_ready_are_told_in_their_own_words(run: Run, tmp_path: Path) -> None:
@@ -220,20 +220,20 @@ def test_a_run_cancelled_while_its_end_is_written_down_stays_cancelled(
 ) -> None:
     to_running(run)
     run.move(State.PREEMPTED, reason="asked to stop")
-    allowed = step._allowed
+    allowed = tries.allowed
 
     def cancelled_meanwhile(*arguments: Any) -> bool:
         run.move(State.CANCELLED)
         return allowed(*arguments)
 
-    monkeypatch.setattr(step, "_allowed", cancelled_meanwhile)
+    monkeypatch.setattr(tries, "allowed", cancelled_meanwhile)
     assert ended(run, tmp_path, code=75) == CANCELLED
     assert run.last().state == State.CANCELLED
 
 
 def test_a_run_that_gets_nowhere_is_not_started_for_ever(run: Run, tmp_path: Path) -> None:
     to_running(run)
-    for attempt in range(1, step.STUCK + 1):
+    for attempt in range(1, tries.STUCK + 1):
         log(run.store, claim(attempt))
     run.move(State.PREEMPTED, reason="asked to stop")
     assert ended(run, tmp_path, code=75) == 1

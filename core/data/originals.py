@@ -1,0 +1,75 @@
+"""Data sets as others publish them, for rewriting: splits side by side, and files that read well in order only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+
+from core.data.source import DataError, Source, is_image, open_source
+from core.data.tar_source import TarSource, find_tars
+from core.data.tsv_source import LIST
+from core.storage import FileStore, Store, open_store
+
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
+_ORDERED = (".parquet", ".tar")
+_GLANCE = 1000  # entries: a page of a listing
+
+
+def open_original(uri: str, split: str = "") -> Source:
+    """The samples at a URI, of one split where there are several: hub parquet files, else what `open_source` takes.
+
+    A split is a folder of this name, or the files with this word in their names.  Raises DataError.
+    """
+    folder, _, name = uri.rpartition("/")
+    if name.endswith((*_ORDERED, LIST)):
+        if name == LIST:
+            return open_source(folder)
+        return _open_files(open_store(folder), name, split)
+    store = open_store(uri)
+    if isinstance(store, FileStore) and not store.root.is_dir():
+        return open_source(uri)  # which says what is wrong
+    if split and next(store.list(f"{split}/"), None):
+        return open_original(store.sub(split).uri)
+    glance = list(islice(store.list(), _GLANCE))
+    indexed = any(entry.key in ("index.json", "image.list") for entry in glance)
+    if not indexed and not any(is_image(entry.key) for entry in glance):
+        for suffix in _ORDERED:
+            if any(entry.key.endswith(suffix) for entry in glance):
+                return _open_files(store, suffix, split)
+    if split:
+        raise DataError(f"{uri}: no split {split!r}: neither a folder nor files of this name; correct SPLIT")
+    folders = {entry.key.partition("/")[0] for entry in glance if "/" in entry.key}
+    if not indexed and len(folders) > 1 and folders <= SPLITS:
+        raise _several(store, folders)
+    return open_source(uri)
+
+
+def _open_files(store: Store, suffix: str, split: str) -> Source:
+    """The files whose names end like this."""
+    every = find_tars(store) if suffix.endswith(".tar") else store.list()
+    files = [entry for entry in every if entry.key.endswith(suffix)]
+    if not files:
+        raise DataError(f"{store.uri}/{suffix}: no such file")
+    found = {word for entry in files for word in _words(entry.key)} & (SPLITS | {split})
+    if split and split not in found:
+        raise DataError(
+            f"{store.uri}: no *{suffix} file is of split {split!r}; there is {', '.join(sorted(found)) or 'none'}"
+        )
+    if not split and len(found) > 1:
+        raise _several(store, found)
+    chosen = [entry for entry in files if not split or split in _words(entry.key)]
+    if suffix.endswith(".tar"):
+        return TarSource(store, chosen)
+    from core.data.parquet_source import ParquetSource  # a heavy import that the others do not need
+
+    return ParquetSource(store, chosen)
+
+
+def _words(key: str) -> Sequence[str]:
+    return re.split(r"[/._-]", key)
+
+
+def _several(store: Store, splits: set[str]) -> DataError:
+    names = sorted(splits)
+    return DataError(f"{store.uri}: holds the splits {', '.join(names)}; choose one: SPLIT={names[0]}")

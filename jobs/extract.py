@@ -1,0 +1,75 @@
+"""One worker of `make features`, wherever it was started: `python -m jobs.extract --store URI --order NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
+
+if TYPE_CHECKING:
+    from core.config import Recipe
+    from core.features.about import Split
+
+ORDERS = "features/orders"
+
+
+def order(root: str, recipe: Recipe, splits: list[Split]) -> str:
+    """Write down what workers are to do; returns its name.  Raises StoreError."""
+    from core.config import to_yaml
+    from core.storage import open_store
+
+    content = json.dumps({"recipe": to_yaml(recipe), "splits": splits}).encode()
+    name = hashlib.sha256(content).hexdigest()[:16]
+    open_store(root).put(f"{ORDERS}/{name}.json", content)
+    return name
+
+
+def arguments(root: str, name: str) -> list[str]:
+    """Of Python, for a worker."""
+    return ["-m", "jobs.extract", "--store", root, "--order", name]
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.extract")
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--order", required=True)
+    options = parser.parse_args(words)
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, _leave)
+    try:
+        work(options.store, options.order)
+    except Exception as error:
+        print(describe(error), file=sys.stderr)
+        return exit_code(error) or BUG
+    return OK
+
+
+def work(root: str, name: str) -> None:
+    """Raises what reading data, teachers and the store raises."""
+    from core.config import from_yaml
+    from core.features import run
+    from core.storage import open_store
+
+    content: dict[str, Any] = json.loads(open_store(root).get(f"{ORDERS}/{name}.json"))
+    recipe = from_yaml(content["recipe"])
+    device = run.device(recipe)
+    for each in run.works(recipe, root, content["splits"]):
+        run.store(each, root, device, _say)
+
+
+def _leave(signum: int, frame: object) -> None:
+    """Give back what is not finished, for others to do at once, and say whether to start this worker again."""
+    raise SystemExit(PREEMPTED if signum == signal.SIGUSR2 else 128 + signum)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Runs on Ray: by the address of a cluster, or as a RayJob on Kubernetes."""

@@ -1,0 +1,138 @@
+"""The hub's parquet files: which columns count, what their labels mean, and that they are read by the row group."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from core.data.originals import open_original
+from core.data.parquet_source import ParquetSource
+from core.data.ranged_file import LOCAL_PROBE
+from core.data.sentences import sentence
+from core.data.source import DataError, Source
+from core.storage import FileStore
+from tests.core.data.images import jpeg
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+NAMES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+
+
+def write(
+    path: Path, columns: dict[str, Any], types: dict[str, pa.DataType], info: dict[str, Any] | None = None
+) -> None:
+    notes = {"huggingface": json.dumps({"info": info})} if info else None
+    schema = pa.schema(list(types.items()), metadata=notes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=3)
+
+
+def pictures(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"bytes": jpeg(i), "path": f"{i}.JPEG"} for i in range(first, first + count)]
+
+
+def published(root: Path, split: str = "train", count: int = 7) -> Source:
+    """Two files as the hub's library writes them."""
+    types = {"image": IMAGE, "label": pa.int64()}
+    for number in range(2):
+        columns = {"image": pictures(count, number * count), "label": [(i + number) % 2 for i in range(count)]}
+        info = {"features": NAMES, "license": "cc-by-4.0"}
+        write(root / f"data/{split}-0000{number}-of-00002.parquet", columns, types, info)
+    return open_original(f"file://{root}")
+
+
+def test_rows_of_all_files_are_samples_with_the_names_of_their_classes(tmp_path: Path) -> None:
+    source = published(tmp_path)
+    assert isinstance(source, ParquetSource)
+    assert source.shard_sizes.tolist() == [3, 3, 1, 3, 3, 1]
+    assert (source.classes, source.licence) == (["cat", "dog"], "cc-by-4.0")
+    assert [source.read(i).data for i in range(14)] == [jpeg(i) for i in range(14)]
+    assert [source.read(i).key for i in (0, 13)] == ["0.JPEG", "13.JPEG"]
+    assert [source.label(i) for i in range(14)] == [source.read(i).label for i in range(14)]
+    assert [source.label(i) for i in (0, 1, 7, 8)] == [0, 1, 1, 0]
+    assert pickle.loads(pickle.dumps(source)).read(9).data == jpeg(9)
+    with pytest.raises(IndexError):
+        source.read(14)
+
+
+def test_other_columns_are_found_by_name_and_type(tmp_path: Path) -> None:
+    types = {"id": pa.string(), "jpg": pa.binary(), "cls": pa.string(), "captions": pa.list_(pa.string())}
+    columns = {"id": ["x", "y"], "jpg": [jpeg(0), None], "cls": ["dog", "ant"], "captions": [["one", "two"], None]}
+    write(tmp_path / "a.parquet", columns, types)
+    source = open_original(f"file://{tmp_path}/a.parquet")
+    assert source.classes == ["ant", "dog"]
+    assert [source.label(i) for i in range(2)] == [1, 0]
+    assert [source.read(i).data for i in range(2)] == [jpeg(0), b""]
+    assert sentence(source.text(0), 0.9) == "two"
+    assert source.text(1) == ""
+
+
+def test_missing_labels_and_texts_are_allowed(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": pictures(2), "label": [None, -1], "text": ["a", None]},
+          {"image": IMAGE, "label": pa.int64(), "text": pa.string()})  # fmt: skip
+    source = open_original(f"file://{tmp_path}")
+    assert [source.label(i) for i in range(2)] == [-1, -1]
+    assert [source.text(i) for i in range(2)] == ["a", ""]
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [0, -2]])
+def test_labels_without_a_name_are_refused(tmp_path: Path, labels: list[int]) -> None:
+    write(tmp_path / "a.parquet", {"image": pictures(2), "label": labels}, {"image": IMAGE, "label": pa.int64()},
+          {"features": NAMES})  # fmt: skip
+    with pytest.raises(DataError, match=r"a.parquet: labels from .* do not fit 2 classes"):
+        open_original(f"file://{tmp_path}")
+
+
+def test_files_without_images_or_of_two_data_sets_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"text": ["x"]}, {"text": pa.string()})
+    with pytest.raises(DataError, match="none of the columns text holds image files"):
+        open_original(f"file://{tmp_path}")
+    write(tmp_path / "b.parquet", {"image": pictures(1)}, {"image": IMAGE})
+    with pytest.raises(DataError, match=r"b.parquet: other columns than in .*a.parquet"):
+        open_original(f"file://{tmp_path}")
+
+
+@pytest.mark.parametrize("cut", [0, 100, 3000])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, cut: int) -> None:
+    published(tmp_path)
+    path = tmp_path / "data/train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet: .*no whole parquet file; bring it again"):
+        open_original(f"file://{tmp_path}")
+
+
+def test_a_text_in_another_encoding_is_an_error(tmp_path: Path) -> None:
+    bad = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    table = pa.table({"image": pa.array(pictures(1), IMAGE), "text": bad})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: text of row 0 is not UTF-8"):
+        open_original(f"file://{tmp_path}").text(0)
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    first = published(tmp_path / "1")
+    assert published(tmp_path / "elsewhere").fingerprint() == first.fingerprint()
+    assert published(tmp_path / "2", count=8).fingerprint() != first.fingerprint()
+
+
+class Counted(FileStore):
+    asked = 0  # bytes
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        self.asked += size
+        return super().get_range(key, start, size)
+
+
+def test_going_through_in_order_reads_every_row_group_once(tmp_path: Path) -> None:
+    published(tmp_path)
+    store = Counted(tmp_path)
+    source = ParquetSource(store, list(store.list()))
+    store.asked = 0
+    for i in range(14):
+        source.read(i)
+    assert store.asked < 1.2 * sum(entry.size for entry in store.list()) + 12 * LOCAL_PROBE

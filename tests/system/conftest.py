@@ -1,0 +1,37 @@
+"""Fixtures of the system tests."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import S3Server
+from tests.system.cli import Shell
+from tests.system.ray_cluster import RayCluster
+from tests.system.toy_run import LONG, SMOKE, losses
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the long toy run that nobody interrupts, made on this machine without a scheduler."""
+    folder = tmp_path_factory.mktemp("whole")
+    root = f"file://{folder}/store"
+    return losses(root, Shell(folder).submit("demo", *SMOKE, LONG, "--launcher", "local", "--store", root))
+
+
+@pytest.fixture(scope="module")
+def ray(moto: S3Server) -> Iterator[RayCluster]:
+    """Two nodes with one CPU each, which know how to reach the store; whoever submits does not hand that on."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it holds sockets
+    cluster = RayCluster(folder, NO_PROXY="127.0.0.1,127.0.0.2,127.0.0.3,localhost", **moto.env)
+    try:
+        cluster.start(1)
+        cluster.start(2)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
