@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import time
@@ -46,10 +47,11 @@ def _rank(
     set_start_method("fork", force=True)  # as in ranks that a launcher has started: loaders' processes are forked
     try:
         engine.init_distributed(torch.device("cpu"))
-        answer.send((True, function(*args)))
+        result = True, function(*args)
+        answer.send_bytes(pickle.dumps(result))  # a copy: shared tensors would go with this process
         engine.shutdown()
     except BaseException:
-        answer.send((False, traceback.format_exc()))
+        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise
 
 
@@ -83,7 +85,7 @@ class Ranks:
                 if not answer.poll(max(limit - time.monotonic(), 0.0)):
                     raise AssertionError(f"rank {rank} has not answered in {timeout_s} s")
                 try:
-                    ok, value = answer.recv()
+                    ok, value = pickle.loads(answer.recv_bytes())
                 except EOFError:
                     raise AssertionError(f"rank {rank} ended without an answer") from None
                 if not ok:
