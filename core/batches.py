@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import Recipe
-from core.data.loader import MicroBatch
 from core.data.rendering import rendered
+from core.data.samples import MicroBatch
 from core.data.views import normalize
 from core.methods.base import Batch, Method
 

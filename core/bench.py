@@ -17,7 +17,7 @@ import torch
 
 from core.comm import Comm
 from core.config import Recipe
-from core.data.loader import MicroBatch
+from core.data.samples import MicroBatch
 from core.engine import Engine
 from core.methods.base import Batch, Outputs
 from core.plain import PlainEngine

@@ -18,7 +18,7 @@ from core.comm import Comm
 from core.methods.base import Batch, Report
 
 if TYPE_CHECKING:
-    from core.data.loader import MicroBatch
+    from core.data.samples import MicroBatch
     from core.stage import Stage
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.comm import Comm
-from core.data.loader import MicroBatch
+from core.data.samples import MicroBatch
 from core.data.source import DataError
 from core.manifest import Window
 from core.storage import MissingObject, Store, StoreError

@@ -17,7 +17,8 @@ from core.batches import clean_batch, on_device
 from core.checkpoint import Reader, restore
 from core.comm import Comm
 from core.config import ConfigError, Recipe, Train
-from core.data.loader import Companion, MicroBatch, eval_batches, train_batches
+from core.data.loader import Companion, eval_batches, train_batches
+from core.data.samples import MicroBatch
 from core.data.source import Source
 from core.engine import Engine
 from core.inputs import open_inputs, shard_cache, stage_steps

@@ -10,9 +10,9 @@ from torch import Tensor
 from core.data.colour import apply_colour
 from core.data.fast_colour import fast_colour
 from core.data.fast_rand_augment import fast_rand_augment
-from core.data.loader import MicroBatch
 from core.data.packed import cut_views
 from core.data.rand_augment import erase
+from core.data.samples import MicroBatch
 from core.data.views import View, draw_colour
 
 

@@ -35,7 +35,7 @@ class Chunk:
     rows: range  # of the data
     batch: Batch
     bad: list[int]  # rows among these whose image cannot be read
-    boxes: Tensor | None  # (B, 5) of the crops, see core.data.loader
+    boxes: Tensor | None  # (B, 5) of the crops, see core.data.cutting
 
 
 @dataclass

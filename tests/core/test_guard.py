@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.comm import Comm
-from core.data.loader import MicroBatch
+from core.data.samples import MicroBatch
 from core.data.source import DataError
 from core.guard import BAD_SAMPLES, FEW, BadLossError, LossGuard, Quarantine
 from core.storage import Store, open_store

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.config import load
-from core.data.loader import MicroBatch, train_batches
+from core.data.loader import train_batches
 from core.data.rendering import rendered
+from core.data.samples import MicroBatch
 from core.methods.base import Method, create
 from jobs.table import table
 from tests.perf import plain_augment

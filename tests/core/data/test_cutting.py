@@ -10,8 +10,9 @@ import torch
 from core.config import load
 from core.data.colour import IMAGENET_STD
 from core.data.cutting import enough_pixels
-from core.data.loader import MicroBatch, train_batches
+from core.data.loader import train_batches
 from core.data.rendering import rendered
+from core.data.samples import MicroBatch
 from core.data.source import ArraySource, DataError, Source
 from core.data.views import View
 from core.methods.base import Method, create

@@ -10,7 +10,8 @@ from PIL import Image
 
 from core.cache import ShardCache
 from core.data.decode import decode, to_tensor
-from core.data.loader import MicroBatch, eval_batches, steps_per_epoch, train_batches
+from core.data.loader import eval_batches, steps_per_epoch, train_batches
+from core.data.samples import MicroBatch
 from core.data.shards import write_shards
 from core.data.source import ArraySource, DataError, Source, open_source
 from core.data.views import View, centre_crop, crop_boxes, random_resized_crop
