@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Union
 
-from core.storage import TEMP, Store
+from core.atomic import TEMP
+from core.storage import Store
 
 LONGEST_WRITE_S = 3600.0
 Bytes = Union[bytes, "memoryview[int]"]  # noqa: UP007 (not a type at run time in Python 3.11)

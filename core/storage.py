@@ -9,12 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +19,8 @@ from urllib.parse import unquote
 
 import google_crc32c
 
-TEMP = ".tmp-"  # names a file that is being written: reserved, never listed
+from core.atomic import TEMP, publish
+
 PIECE = 1 << 20  # bytes copied at once: larger ones cost a page fault per page each time
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -123,6 +121,8 @@ def resolve(uri: str, root: str) -> str:
 def open_store(uri: str) -> Store:
     scheme, mark, rest = uri.partition("://")
     if mark and scheme == "file" and rest.startswith("/"):
+        from core.folder import FileStore
+
         return FileStore(Path(os.path.normpath(unquote(rest))))
     if mark and scheme == "s3" and re.fullmatch(r"[\w.-]{3,255}(/.*)?", rest, re.ASCII):
         from core.bucket import S3Store  # half a second of imports that folders do not need
@@ -144,88 +144,6 @@ def check_prefix(prefix: str) -> str:
     return prefix and check_key(prefix.removesuffix("/"), "prefix") + "/" * prefix.endswith("/")
 
 
-# ---- folders
-
-
-class FileStore(Store):
-    """Objects as files below a folder, which the first put creates."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.uri = "file://" + str(root).replace("%", "%25").rstrip("/")
-
-    def put(self, key: str, data: bytes) -> None:
-        with local_errors(self._where(key)):
-            publish(self._path(key), lambda file: file.write(data))
-
-    def put_file(self, key: str, path: Path) -> None:
-        with path.open("rb") as source, local_errors(self._where(key)):
-            publish(self._path(key), lambda file: shutil.copyfileobj(source, file, 1 << 20))
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        with local_errors(self._where(key)):
-            return publish(self._path(key), lambda file: file.write(data), exclusive=True)
-
-    def get(self, key: str) -> bytes:
-        with local_errors(self._where(key), *ABSENT):
-            return self._path(key).read_bytes()
-
-    def get_range(self, key: str, start: int, size: int) -> bytes:
-        check_range(start, size)
-        with local_errors(self._where(key), *ABSENT), self._path(key).open("rb") as file:
-            file.seek(start)
-            return file.read(size)
-
-    def load(self, key: str, file: BinaryIO, expected: int = 0) -> tuple[int, int]:
-        with local_errors(self._where(key), *ABSENT):
-            source = self._path(key).open("rb", buffering=0)
-        size = crc = 0
-        with source:
-            while data := source.read(PIECE):
-                file.write(data)
-                size, crc = size + len(data), crc32c(data, crc)
-        return size, crc
-
-    def size(self, key: str) -> int | None:
-        path = self._path(key)
-        with local_errors(self._where(key)), suppress(*ABSENT):
-            return path.stat().st_size if path.is_file() else None
-        return None
-
-    def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
-        folder, _, _ = check_prefix(prefix).rpartition("/")
-        with local_errors(self._where(prefix)):
-            yield from _walk(self.root / folder, f"{folder}/" if folder else "", prefix, after, ())
-
-    def delete(self, *keys: str) -> None:
-        for path in [self._path(key) for key in keys]:
-            with local_errors(str(path)), suppress(*ABSENT):
-                path.unlink()
-                self._prune(path.parent)
-
-    def abandoned(self, older_s: float, remove: bool) -> int:
-        with local_errors(self.uri):
-            found = [p for p in self.root.rglob(f"{TEMP}*") if p.stat().st_mtime <= time.time() - older_s]
-            for path in found if remove else ():
-                path.unlink(missing_ok=True)
-        return len(found)
-
-    def sub(self, prefix: str) -> FileStore:
-        return FileStore(self.root / check_key(prefix.rstrip("/"), "prefix"))
-
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
-
-    def _where(self, key: str) -> str:
-        return f"{self.uri}/{key}"
-
-    def _prune(self, folder: Path) -> None:
-        with suppress(OSError):  # not empty, or somebody else's turn
-            while folder != self.root:
-                folder.rmdir()
-                folder = folder.parent
-
-
 @contextmanager
 def local_errors(where: str, *absent: type[OSError]) -> Iterator[None]:
     try:
@@ -237,72 +155,6 @@ def local_errors(where: str, *absent: type[OSError]) -> Iterator[None]:
     except OSError as error:
         hint = ": free space or choose another store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StoreError(f"{where}: {error.strerror}{hint}") from error
-
-
-def publish(path: Path, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> bool:
-    """Write aside, flush to the disk, then give the file its name. False: `exclusive`, and the name was taken."""
-    file = _open_temp(path.parent)
-    temp = Path(file.name)
-    try:
-        with file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            with suppress(FileExistsError):
-                os.link(temp, path)
-            # The link count, not the error, tells who won: network file systems may repeat a link after a lost answer.
-            won = temp.stat().st_nlink > 1
-        else:
-            os.replace(temp, path)
-            won = True
-        with suppress(FileNotFoundError):  # deleted again and its folder pruned
-            _sync(path.parent)
-        return won
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _open_temp(folder: Path) -> BinaryIO:
-    for _ in range(100):
-        with suppress(FileNotFoundError):  # a deletion elsewhere has just pruned the folder
-            _make_folder(folder)
-            return (folder / f"{TEMP}{uuid.uuid4().hex}").open("xb")
-    raise FileNotFoundError(errno.ENOENT, "folder vanishes as fast as it is made", str(folder))
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _walk(folder: Path, base: str, prefix: str, after: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
-    """Files below `folder` in key order; `above` holds the folders passed on the way, against cycles of links."""
-    try:
-        here = folder.stat()
-        found = {base + item.name + "/" * item.is_dir(): item for item in os.scandir(folder)}
-    except ABSENT:
-        return
-    identity = (here.st_dev, here.st_ino)
-    for key in sorted(found) if identity not in above else ():
-        item = found[key]
-        if key.endswith("/"):
-            if key.startswith(prefix) and (after < key or after.startswith(key)):
-                yield from _walk(folder / item.name, key, prefix, after, (*above, identity))
-        elif key.startswith(prefix) and key > after and not item.name.startswith(TEMP) and item.is_file():
-            with suppress(FileNotFoundError):
-                stat = item.stat()
-                yield Entry(key, stat.st_size, stat.st_mtime)
 
 
 def check_range(start: int, size: int) -> None:

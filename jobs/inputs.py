@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.storage import FileStore, Store, StoreError, open_store, resolve
+from core.folder import FileStore
+from core.storage import Store, StoreError, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
 from jobs.record import Run, State

@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from core.data.source import DataError
-from core.storage import ABSENT, FileStore, Store, local_errors
+from core.folder import FileStore
+from core.storage import ABSENT, Store, local_errors
 
 if TYPE_CHECKING:
     from core.cache import ShardCache

@@ -9,7 +9,8 @@ from itertools import islice
 from core.data.source import DataError, Source, is_image, open_source
 from core.data.tar_source import TarSource, find_tars
 from core.data.tsv_source import LIST
-from core.storage import FileStore, Store, open_store
+from core.folder import FileStore
+from core.storage import Store, open_store
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 _ORDERED = (".parquet", ".tar")

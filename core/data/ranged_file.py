@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 
-from core.storage import FileStore, Store
+from core.folder import FileStore
+from core.storage import Store
 
 WINDOW = 8 << 20  # bytes of a request where what is wanted lies close together
 PROBE, LOCAL_PROBE = 32 << 10, 4 << 10  # bytes of a request at least; of a file on this machine

@@ -14,7 +14,8 @@ from core.data.files import Files
 from core.data.fingerprint import fingerprint
 from core.data.shards import ROW, SCHEMA
 from core.data.source import DataError, Raw, Source
-from core.storage import AccessDenied, FileStore, Store, crc32c
+from core.folder import FileStore
+from core.storage import AccessDenied, Store, crc32c
 
 if TYPE_CHECKING:
     from core.cache import ShardCache

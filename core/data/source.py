@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from core.data.fingerprint import fingerprint
 from core.data.order import Order
-from core.storage import FileStore, MissingObject, Store, open_store
+from core.folder import FileStore
+from core.storage import MissingObject, Store, open_store
 
 if TYPE_CHECKING:
     from core.cache import ShardCache

@@ -19,7 +19,8 @@ from core.data.fingerprint import fingerprint
 from core.data.shards import ROW
 from core.data.source import DataError
 from core.data.tar_scan import Found, scan_tar
-from core.storage import Entry, FileStore, MissingObject, Store
+from core.folder import FileStore
+from core.storage import Entry, MissingObject, Store
 
 NAMES = "classes.txt"  # beside the tars: names of the labels 0, 1, ..., one a line
 _SCANS_AT_ONCE = 8

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from core.data.fingerprint import fingerprint
 from core.data.source import DataError
-from core.storage import ABSENT, FileStore, MissingObject, Store, local_errors, open_store
+from core.folder import FileStore
+from core.storage import ABSENT, MissingObject, Store, local_errors, open_store
 
 Ints = NDArray[np.int64]
 READ_BYTES = 1 << 24

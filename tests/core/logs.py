@@ -11,9 +11,10 @@ import torch
 
 from core import commits, parts
 from core.commits import Claim
+from core.folder import FileStore
 from core.manifest import Manifest, Position, part
 from core.snapshot import Part, Piece, Snapshot
-from core.storage import FileStore, Store, StoreError, open_store
+from core.storage import Store, StoreError, open_store
 
 
 def claim(attempt: int = 1, resumed: int | None = None, step: int = 0, **more: Any) -> Claim:

@@ -11,9 +11,10 @@ import torch
 from core import commits, stage
 from core.comm import Comm
 from core.config import Recipe
+from core.folder import FileStore
 from core.metrics import read_metrics
 from core.spool import Spool
-from core.storage import FileStore, StoreError, open_store
+from core.storage import StoreError, open_store
 from core.train import BadLossError, Outcome, train
 from tests import toy
 from tests.core.logs import Troubled, claim, log, on_course

@@ -17,7 +17,8 @@ from typing import BinaryIO
 import pytest
 
 from core.cache import HELD_S, STRIPES, CacheFull, ShardCache
-from core.storage import FileStore, MissingObject, Store, StoreError, crc32c, open_store
+from core.folder import FileStore
+from core.storage import MissingObject, Store, StoreError, crc32c, open_store
 from tests.core.test_storage import in_forks
 
 LIMIT = 1 << 20

@@ -17,13 +17,14 @@ from core.comm import Comm
 from core.config import Recipe, Train, fingerprint
 from core.courier import Courier, Fate
 from core.engine import Engine
+from core.folder import FileStore
 from core.fragments import KINDS
 from core.manifest import CheckpointError, Position
 from core.methods.base import Batch
 from core.retention import Policy
 from core.snapshot import pieces
 from core.spool import Spool
-from core.storage import FileStore, Store, StoreError, open_store
+from core.storage import Store, StoreError, open_store
 from core.train import Outcome, train
 from tests import toy
 from tests.core.logs import claim, log, manifest

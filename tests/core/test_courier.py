@@ -14,11 +14,12 @@ from core import commits, courier, parts
 from core.checkpoint import newest
 from core.comm import Comm
 from core.courier import Courier, Delivery, Fate
+from core.folder import FileStore
 from core.manifest import Manifest
 from core.retention import Policy
 from core.snapshot import Piece
 from core.spool import Spool
-from core.storage import FileStore, Store, StoreError, open_store
+from core.storage import Store, StoreError, open_store
 from tests.core.logs import Troubled, claim, fail, keys, log, manifest, on_course, pieces, put_part
 
 SOON_S = 30.0

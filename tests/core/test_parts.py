@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from core import parts
+from core.folder import FileStore
 from core.manifest import Manifest
-from core.storage import FileStore, Store, StoreError, open_store
+from core.storage import Store, StoreError, open_store
 from tests.core.logs import a_run, manifest, put_part
 
 NAN = float("nan")

@@ -13,10 +13,11 @@ import torch
 from core import commits
 from core.comm import Comm
 from core.commits import Claim, SupersededError
+from core.folder import FileStore
 from core.manifest import CheckpointError, Manifest
 from core.salvage import adopt, begin, upload
 from core.spool import Spool
-from core.storage import Entry, FileStore, Store, StoreError, open_store
+from core.storage import Entry, Store, StoreError, open_store
 from tests.core.logs import Troubled, a_run, claim, keys, log, manifest, on_course, put_checkpoint, put_part
 from tests.ranks import run_ranks
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.atomic import TEMP
 from core.spool import Spool
-from core.storage import TEMP, open_store
+from core.storage import open_store
 from tests.core.logs import a_run
 
 

@@ -16,16 +16,8 @@ import pytest
 
 from core.bucket import S3Store
 from core.bucket_client import S3Options
-from core.storage import (
-    AccessDenied,
-    FileStore,
-    MissingObject,
-    Store,
-    StoreError,
-    crc32c,
-    open_store,
-    resolve,
-)
+from core.folder import FileStore
+from core.storage import AccessDenied, MissingObject, Store, StoreError, crc32c, open_store, resolve
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from core.data.sentences import CorruptText, candidates, sentence
 from core.data.source import DataError
 from core.data.tsv import ROLES, Table, format_index, open_tables, route, row_offsets
 from core.data.tsv_source import open_tsv_source
-from core.storage import FileStore
+from core.folder import FileStore
 from tests.golden.runner import Case, Check
 
 Checks = Iterator[Check]

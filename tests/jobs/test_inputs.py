@@ -45,7 +45,7 @@ def test_a_store_without_conditional_puts_is_refused(root: str, monkeypatch: pyt
         self.put(key, data)  # type: ignore[attr-defined]
         return True
 
-    monkeypatch.setattr("core.storage.FileStore.put_if_absent", overwrites)
+    monkeypatch.setattr("core.folder.FileStore.put_if_absent", overwrites)
     lack = inputs.check_store(root)
     assert lack is not None
     assert "conditional" in lack.what

@@ -37,7 +37,8 @@ from core.data.shard_source import ShardSource
 from core.data.shards import write_shards
 from core.data.source import Source, open_source
 from core.data.tsv import Table, write_index
-from core.storage import FileStore, Store, open_store
+from core.folder import FileStore
+from core.storage import Store, open_store
 from jobs.table import table
 from tests.perf.checkpoint import server
 

@@ -16,6 +16,7 @@ from core import commits, sweep
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.courier import Courier
+from core.folder import FileStore
 from core.fragments import KINDS
 from core.manifest import Manifest, Position
 from core.metrics import read_metrics, segment_key
@@ -23,7 +24,7 @@ from core.retention import Policy
 from core.salvage import begin
 from core.snapshot import Piece
 from core.spool import Spool
-from core.storage import FileStore, Store, open_store
+from core.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.faults import Exchange, FaultyProxy
 from tests.ranks import Ranks, run_ranks

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from core import commits
-from core.storage import FileStore, Store, StoreError, open_store
+from core.folder import FileStore
+from core.storage import Store, StoreError, open_store
 from core.watchdog import HUNG
 from tests.faults import FaultyProxy, cut_body, lose_answer, lose_request, refusal
 from tests.ranks import Ranks, run_ranks

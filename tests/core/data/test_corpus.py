@@ -10,8 +10,8 @@ from core.data import corpus
 from core.data.corpus import TableWriter, admissible, class_prompts, fits, is_english
 from core.data.features import TsvFeatures
 from core.data.tsv import open_tables
+from core.folder import FileStore
 from core.models.text import SLOTS, tokens
-from core.storage import FileStore
 
 
 def test_only_the_first_of_equal_sentences_is_kept_whatever_its_blanks_and_capitals() -> None:

@@ -23,7 +23,7 @@ from core.data.features import (
 from core.data.source import ArraySource, DataError
 from core.data.subset import composed_by
 from core.data.tsv import write_index
-from core.storage import FileStore
+from core.folder import FileStore
 
 
 class Numbers(FeatureSource):

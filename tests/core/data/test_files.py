@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.data.files import Files
-from core.storage import FileStore
+from core.folder import FileStore
 
 FILES, BYTES = 40, 64  # more files than are kept open at a time
 

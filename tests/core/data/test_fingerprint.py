@@ -13,7 +13,7 @@ from core.data.shards import write_shards
 from core.data.source import ArraySource, Source, open_source
 from core.data.subset import Merged, Repeated, Selected
 from core.data.tsv import write_index
-from core.storage import FileStore
+from core.folder import FileStore
 from tests.core.data.images import jpeg
 
 

@@ -10,7 +10,8 @@ from core.data.originals import open_original
 from core.data.source import DataError, FolderSource, open_source
 from core.data.tar_source import TarSource
 from core.data.tsv_source import TsvSource
-from core.storage import FileStore, open_store
+from core.folder import FileStore
+from core.storage import open_store
 from tests.core.data.images import jpeg
 from tests.core.data.tars import labelled
 from tests.core.data.test_fingerprint import shards, table

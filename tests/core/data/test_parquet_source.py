@@ -16,7 +16,7 @@ from core.data.parquet_source import ParquetSource
 from core.data.ranged_file import LOCAL_PROBE
 from core.data.sentences import sentence
 from core.data.source import DataError, Source
-from core.storage import FileStore
+from core.folder import FileStore
 from tests.core.data.images import jpeg
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -18,7 +18,8 @@ from core.data import reshard
 from core.data.reshard import Reshard, Settings, mixed
 from core.data.source import ArraySource, DataError, Raw, Source, open_source
 from core.data.subset import Merged
-from core.storage import FileStore, open_store
+from core.folder import FileStore
+from core.storage import open_store
 from tests.core.data.images import encode, jpeg, pixels
 
 SMALL = Settings(shard_bytes=12_000)

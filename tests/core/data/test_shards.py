@@ -12,7 +12,8 @@ import pytest
 from core.cache import ShardCache
 from core.data.shards import ROW, Sample, write_index, write_shard, write_shards
 from core.data.source import DataError, FolderSource, open_source
-from core.storage import FileStore, Store, StoreError, crc32c, open_store
+from core.folder import FileStore
+from core.storage import Store, StoreError, crc32c, open_store
 from tests.core.data.images import jpeg
 from tests.faults import FaultyProxy, refusal
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from core.data.sole_writer import FOLDER, OtherWriter, SoleWriter
-from core.storage import FileStore, Store, open_store
+from core.folder import FileStore
+from core.storage import Store, open_store
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from core.data.source import DataError, Source, open_source
 from core.data.tar_scan import scan_tar
 from core.data.tar_source import TarSource
 from core.data.tar_table import tar_table
-from core.storage import FileStore, Store, open_store
+from core.folder import FileStore
+from core.storage import Store, open_store
 from tests.core.data.images import jpeg
 from tests.core.data.tars import labelled, special, tar
 

@@ -14,7 +14,7 @@ from core.data.sentences import CorruptText, candidates, sentence
 from core.data.source import DataError, open_source
 from core.data.tsv import Table, Tables, feature, open_tables, route, write_index
 from core.data.tsv_source import TsvSource
-from core.storage import FileStore
+from core.folder import FileStore
 
 
 @pytest.fixture

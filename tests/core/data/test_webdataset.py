@@ -13,7 +13,7 @@ from PIL import Image
 from core.data.originals import open_original
 from core.data.reshard import Reshard, Settings
 from core.data.source import open_source
-from core.storage import FileStore
+from core.folder import FileStore
 from tests.core.data.images import jpeg
 
 pytestmark = pytest.mark.usefixtures("scans")
