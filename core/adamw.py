@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.config import Train
 from core.optim import clip_per_parameter
+from core.recipe import Train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from core.comm import Comm, Wishes
-from core.config import Recipe, fingerprint
+from core.config import fingerprint
 from core.courier import Courier, Delivery, Fate
 from core.manifest import Manifest, Position, Window
 from core.metrics import MetricsLog
+from core.recipe import Recipe
 from core.retention import Policy
 from core.salvage import begin
 from core.snapshot import pieces

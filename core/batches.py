@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config import Recipe
 from core.data.rendering import rendered
 from core.data.samples import MicroBatch
 from core.data.views import normalize
 from core.methods.base import Batch, Method
+from core.recipe import Recipe
 
 
 def on_device(micro: MicroBatch, method: Method, recipe: Recipe, device: torch.device) -> Batch:

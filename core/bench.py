@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from core.comm import Comm
-from core.config import Recipe
 from core.data.samples import MicroBatch
 from core.engine import Engine
 from core.methods.base import Batch, Outputs
 from core.plain import PlainEngine
+from core.recipe import Recipe
 from core.stage import Stage, build
 
 WARM, ROUNDS = 5, 30

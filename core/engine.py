@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.adamw import ClippedAdamW
-from core.config import ConfigError, Train
+from core.config import ConfigError
 from core.fragments import SHARDINGS, Fragment
 from core.methods.base import Batch, external_parameters
+from core.recipe import Train
 
 Rate = Callable[[float], float]  # lr_scale of a group -> its learning rate
 

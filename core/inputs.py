@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.cache import ShardCache
-from core.config import ConfigError, Loader, Recipe, Teacher, Train
+from core.config import ConfigError
 from core.data.features import Beside, FeatureSource
 from core.data.loader import Companion, steps_per_epoch
 from core.data.source import Source, open_source
@@ -20,6 +20,7 @@ from core.features.stored import Available, available
 from core.methods.base import Info, Method, Vectors, at_stage, create
 from core.models.students import describe_student
 from core.models.teachers import describe_teachers
+from core.recipe import Loader, Recipe, Teacher, Train
 from core.storage import resolve
 
 

@@ -193,3 +193,7 @@ def _first_line(error: Exception) -> str:
 
 def _join(above: str, key: str) -> str:
     return f"{above}.{key}" if above and key else above or key
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in keys}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.engine import Rate
 from core.fragments import Fragment
 from core.methods.base import Batch
 from core.optim import clip_per_parameter
+from core.recipe import Train
 
 
 class PlainEngine:

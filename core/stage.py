@@ -16,7 +16,7 @@ from core import coupled
 from core.batches import clean_batch, on_device
 from core.checkpoint import Reader, restore
 from core.comm import Comm
-from core.config import ConfigError, Recipe, Train
+from core.config import ConfigError
 from core.data.loader import Companion, eval_batches, train_batches
 from core.data.samples import MicroBatch
 from core.data.source import Source
@@ -27,6 +27,7 @@ from core.methods.base import Batch, Info, Method, Outputs, Report
 from core.models.students import build_student
 from core.models.teachers import FrozenTeacher, load_teachers
 from core.models.vit import resize_pos_embed
+from core.recipe import Recipe, Train
 
 
 @dataclass

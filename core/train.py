@@ -13,13 +13,13 @@ from core.attempt import Outcome as Outcome
 from core.checkpoint import Reader, newest
 from core.comm import Comm
 from core.commits import SupersededError
-from core.config import Recipe
 from core.courier import Fate
 from core.engine import pick_device
 from core.guard import BadLossError as BadLossError
 from core.guard import LossGuard, Quarantine
 from core.manifest import Position
 from core.metrics import Meter, Pace
+from core.recipe import Recipe
 from core.stage import Stage, build
 from core.storage import Store
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from jobs.table import table
 
 if TYPE_CHECKING:
-    from core.config import Recipe
     from core.features.work import Work
+    from core.recipe import Recipe
     from jobs.cluster import Cluster
 
 GB = 1e9

@@ -21,7 +21,7 @@ from jobs.slurm import queue
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 DISK_GB, SHM_GB = 5, 1
 SHOWN_PACKAGES, TRIAL_SAMPLES, TRIAL_IMAGES, COLLECTIVE_S = 5, 8, 2, 120.0

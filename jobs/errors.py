@@ -12,7 +12,7 @@ from collections.abc import Iterable
 OK, BUG, USER, NOT_READY, HUNG, PREEMPTED = 0, 1, 2, 3, 70, 75
 # Errors of core that are the user's or the environment's, with their exit codes. By name: a login node loads neither.
 EXPECTED = (
-    ("core.config", "ConfigError", USER),
+    ("core.merge", "ConfigError", USER),
     ("core.data.source", "DataError", USER),
     ("core.features.codec", "FeatureError", USER),
     ("core.models.weights", "WeightsError", USER),

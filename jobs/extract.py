@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
 
 if TYPE_CHECKING:
-    from core.config import Recipe
     from core.features.about import Split
+    from core.recipe import Recipe
 
 ORDERS = "features/orders"
 

@@ -11,7 +11,7 @@ from core.storage import open_store
 from jobs.errors import NotReady
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 FILE = "model.safetensors"
 TIMEOUT_S = 4.0

@@ -19,7 +19,7 @@ from jobs.errors import NotReady, UserError, nearest, redact
 from jobs.record import Run, State
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 PACKAGES = (
     "torch", "torchvision", "timm", "deepspeed", "boto3", "omegaconf", "safetensors", "google_crc32c", "PIL", "tqdm",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.errors import UserError
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from core.config import ConfigError, nearest
 from jobs.table import table
 
 if TYPE_CHECKING:
-    from core.config import Recipe, Train
     from core.flops import StageCost
+    from core.recipe import Recipe, Train
 
 # Dense bf16 peak in TFLOP/s and memory in GB, from the makers' data sheets.
 GPUS = {"h100": (989.0, 80), "h200": (989.0, 141), "a100": (312.0, 80), "v100": (125.0, 32), "rtx4090": (165.0, 24)}

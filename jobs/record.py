@@ -18,7 +18,7 @@ from core.storage import MissingObject, Store, open_store
 from jobs.errors import JobError, UserError, nearest
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
     from jobs.launchers import Look
 
 HEARTBEAT_LIMIT_S = 60.0

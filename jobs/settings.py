@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import UserError
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
     from jobs.cluster import Cluster
 
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")

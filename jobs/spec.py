@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import UserError
 
 if TYPE_CHECKING:
-    from core.config import Recipe, Teacher
+    from core.recipe import Recipe, Teacher
     from jobs.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from core.config import Recipe, from_yaml, to_yaml
+from core.config import from_yaml, to_yaml
 from core.data.shards import write_shards
 from core.methods.base import complete
+from core.recipe import Recipe
 from core.storage import open_store
 
 RECIPE = """

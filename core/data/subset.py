@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import Data
 from core.data.draws import permutation
 from core.data.fingerprint import fingerprint
 from core.data.mixture import MixtureOrder
 from core.data.order import Order
 from core.data.source import DataError, Raw, Source, open_source
+from core.recipe import Data
 from core.storage import resolve
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.config import ConfigError, Recipe, nearest
+from core.config import ConfigError, nearest
 from core.data.source import Source, open_source
 from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
@@ -22,6 +22,7 @@ from core.inputs import shard_cache
 from core.methods.base import Features, Info
 from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
+from core.recipe import Recipe
 from core.storage import Store, resolve
 
 FOLDER = "evaluations"

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import Recipe, Teacher
 from core.data.source import Source
 from core.data.views import RandomCrops
 from core.features.codec import FeatureError
@@ -15,6 +14,7 @@ from core.merge import flatten
 from core.methods.base import Info, Method, stored_shapes
 from core.models.locate import recorded_digest
 from core.models.teachers import own_normalisation
+from core.recipe import Recipe, Teacher
 
 if TYPE_CHECKING:
     from core.inputs import Inputs

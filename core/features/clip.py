@@ -10,7 +10,7 @@ import torch
 from timm.layers.activations import QuickGELU
 from torch import nn
 
-from core.config import ConfigError, Recipe, Teacher
+from core.config import ConfigError
 from core.features.about import About, of_teacher, weights_digest
 from core.features.live import Live
 from core.methods.base import Batch, Features, Info, Outputs
@@ -19,6 +19,7 @@ from core.models.students import describe
 from core.models.teachers import create_teacher, load_teachers
 from core.models.text import TextTower, text_tower
 from core.models.weights import WeightsError
+from core.recipe import Recipe, Teacher
 from core.storage import MissingObject
 
 IMAGE, TOKENS = "image", "tokens"  # what the towers take: a view of a batch, and token ids in its `extra`

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from core.config import Recipe
 from core.features import measure, vectors
 from core.features.about import IMAGES, Split
 from core.features.codec import row_bytes
@@ -14,6 +13,7 @@ from core.features.extract import Say, extract
 from core.features.verify import verify
 from core.features.work import Work, plan
 from core.inputs import Inputs, open_inputs, shard_cache
+from core.recipe import Recipe
 
 
 def stages(recipe: Recipe, root: str) -> list[Inputs]:

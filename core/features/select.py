@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.config import Recipe
 from core.data.corpus import TableWriter, admissible, class_prompts
 from core.data.features import FeatureSource
 from core.data.source import DataError
@@ -28,6 +27,7 @@ from core.features.vectors import open_texts, row_sentence
 from core.inputs import open_inputs, shard_cache
 from core.methods.base import Batch, Outputs
 from core.models.text import tokenize
+from core.recipe import Recipe
 from core.storage import open_store, resolve
 
 Ints = NDArray[np.int64]

@@ -22,10 +22,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import ConfigError, Recipe, Train, nearest
-from core.config import Method as MethodConfig
+from core.config import ConfigError, nearest
 from core.data.views import Crops, RandomCrops, View
 from core.merge import Overlay, merge, to_object
+from core.recipe import Method as MethodConfig
+from core.recipe import Recipe, Train
 
 if TYPE_CHECKING:
     from core.data.features import Beside

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from core.config import ConfigError, Student, nearest
+from core.config import ConfigError, nearest
 from core.methods.base import Info
 from core.models.clip import as_projection, set_norm_eps
 from core.models.features import family, stride
@@ -18,6 +18,7 @@ from core.models.locate import read_weights
 from core.models.swin import use_masks_in_compute_precision
 from core.models.vit import set_drop_path
 from core.models.weights import load_strict
+from core.recipe import Student
 
 NORM_EPS = "norm_eps"  # of student.args and teachers.*.args, beside what timm takes: epsilon of every LayerNorm
 

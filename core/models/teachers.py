@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import ConfigError, Recipe, Teacher
+from core.config import ConfigError
 from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Features, Info
 from core.models.features import family, take, to_precision
@@ -18,6 +18,7 @@ from core.models.locate import read_weights
 from core.models.students import create, describe
 from core.models.vit import as_vit, set_grid
 from core.models.weights import load_strict
+from core.recipe import Recipe, Teacher
 
 
 class FrozenTeacher(nn.Module):

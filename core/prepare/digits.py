@@ -21,13 +21,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from core.cache import ShardCache
-from core.config import Recipe, Teacher
 from core.data.loader import train_batches
 from core.data.shards import write_shards
 from core.data.source import Source, open_source
 from core.data.views import View, apply_colour, draw_colour
 from core.models.students import create
 from core.models.vit import as_vit, forward_taps
+from core.recipe import Recipe, Teacher
 from core.storage import Store, open_store, resolve
 
 SIDE, PATCHES_MASKED, STEPS, BATCH = 32, 0.5, 400, 64

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.config import Recipe
 from core.data.tsv import write_index
 from core.prepare import digits
+from core.recipe import Recipe
 from core.storage import Store, open_store
 
 DIM, SENTENCES, PICTURES_EACH = 32, 640, 4

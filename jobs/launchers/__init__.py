@@ -16,7 +16,7 @@ from jobs.errors import UserError, nearest
 from jobs.placement import Placement, spread
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
     from jobs.cluster import Cluster
     from jobs.record import Run
 

@@ -25,7 +25,7 @@ from jobs.record import IllegalMove, Run, State
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
 WORKER = (sys.executable, "-m", "jobs.worker")

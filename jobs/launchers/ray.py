@@ -16,7 +16,7 @@ from jobs.ray.command import KUBERNETES
 from jobs.ray.kubernetes import OnKubernetes
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 
 class Ray(Launcher):

@@ -18,7 +18,7 @@ from jobs.slurm import queue, script
 from jobs.slurm.queue import SlurmError
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
     from jobs.slurm.script import Script
 
 

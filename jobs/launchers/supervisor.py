@@ -25,7 +25,7 @@ from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
 
 if TYPE_CHECKING:
-    from core.config import Launch
+    from core.recipe import Launch
 
 T = TypeVar("T")
 LONGEST_PAUSE_S = 3600.0  # between attempts

@@ -23,7 +23,7 @@ from jobs.spec import REPOSITORY
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 STOP_S = 30  # that workers without a record have to leave
 AGENT_S = 60.0  # for which a cluster that has just started may refuse jobs

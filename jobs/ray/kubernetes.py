@@ -18,7 +18,7 @@ from jobs.record import Run
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
     from jobs.ray.kube import Kube
 
 OUT = REPOSITORY / "k8s" / "out"

@@ -18,7 +18,7 @@ from jobs.ray.pods import Document, Pods, given
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 TEMPLATE = REPOSITORY / "k8s" / "rayjob.yaml"
 NAME_MAX, LABEL_MAX = 47, 63  # the operator makes longer names from a RayJob's

@@ -13,7 +13,7 @@ from jobs.placement import Placement
 from jobs.ray.site import Toleration
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 ENDING_S = 60  # that Ray may take to end once the ranks have left
 SPARE_GB = 50  # of /cache, for checkpoints on their way

@@ -18,7 +18,7 @@ from jobs.settings import Settings
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 TEMPLATES = REPOSITORY / "slurm"
 NOTHING, CANCELLED = 10, 11  # exit codes of jobs.slurm.step: nothing to do here; end the job as cancelled

@@ -10,8 +10,8 @@ from jobs.errors import OK, UserError, nearest
 from jobs.verbs.submit import say
 
 if TYPE_CHECKING:
-    from core.config import Recipe
     from core.features.select import Rules
+    from core.recipe import Recipe
 
 
 def choose(recipe: Recipe, root: str, text: str) -> int:

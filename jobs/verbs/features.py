@@ -16,9 +16,9 @@ from jobs.verbs.results import names
 from jobs.verbs.submit import choose_launcher, ready, say
 
 if TYPE_CHECKING:
-    from core.config import Recipe
     from core.features.about import Split
     from core.features.work import Work
+    from core.recipe import Recipe
 
 GB = 1e9
 

@@ -12,7 +12,7 @@ from jobs.settings import Settings
 from jobs.verbs.submit import as_yaml, attempt_info, choose_launcher, launch, order, ready, say
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 
 def resume(settings: Settings) -> int:

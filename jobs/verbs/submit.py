@@ -13,7 +13,7 @@ from jobs.record import IllegalMove, Run, State, View
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
 AFTER = ("eval", "export", "report")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.config import Train
 from core.engine import Engine
 from core.methods.base import Batch
+from core.recipe import Train
 from tests.ranks import run_ranks
 
 MICROS, SMALL = 64, 1 / 512  # in bf16, 1 + 1/512 is 1

@@ -10,9 +10,9 @@ import torch
 
 from core import commits, stage
 from core.comm import Comm
-from core.config import Recipe
 from core.folder import FileStore
 from core.metrics import read_metrics
+from core.recipe import Recipe
 from core.spool import Spool
 from core.storage import StoreError, open_store
 from core.train import BadLossError, Outcome, train

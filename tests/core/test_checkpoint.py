@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from core import checkpoint, commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
-from core.config import Recipe, Train, fingerprint
+from core.config import fingerprint
 from core.courier import Courier, Fate
 from core.engine import Engine
 from core.folder import FileStore
 from core.fragments import KINDS
 from core.manifest import CheckpointError, Position
 from core.methods.base import Batch
+from core.recipe import Recipe, Train
 from core.retention import Policy
 from core.snapshot import pieces
 from core.spool import Spool

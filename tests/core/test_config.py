@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from core import config
-from core.config import ConfigError, Recipe, fingerprint, from_yaml, load, to_yaml
+from core.config import ConfigError, fingerprint, from_yaml, load, to_yaml
 from core.merge import flatten
 from core.methods.base import complete, create
+from core.recipe import Recipe
 
 LEAST = "method: {name: unic}\nteachers: {one: {name: vit_tiny_patch16_224}}\n"
 Write = Callable[..., str]

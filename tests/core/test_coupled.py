@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from core import coupled
 from core.comm import Comm
-from core.config import Train
 from core.engine import Engine
 from core.methods.base import Batch
+from core.recipe import Train
 
 BATCH = 8
 

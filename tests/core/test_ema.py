@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.ema import PREFIX, Average, average_
 from core.engine import Engine
 from core.methods.base import Batch
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.ranks import run_ranks
 
 MOMENTA = (0.9, 0.99, 0.5)

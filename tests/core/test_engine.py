@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import ConfigError, Train
+from core.config import ConfigError
 from core.engine import Engine, check_precision, pick_device
 from core.fragments import KINDS
 from core.methods.base import Batch
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.ranks import run_ranks
 
 # eps: Adam divides by |gradient| + eps; a tiny one would blow rounding in zero gradients up to whole steps.

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from core.config import ConfigError, Recipe
+from core.config import ConfigError
 from core.data.source import DataError
 from core.inputs import open_inputs, stage_steps
+from core.recipe import Recipe
 from tests import toy
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from core import checkpoint
-from core.config import Recipe, fingerprint
+from core.config import fingerprint
 from core.metrics import read_metrics
+from core.recipe import Recipe
 from core.storage import open_store
 from core.train import Outcome, train
 from tests import toy

@@ -8,10 +8,10 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.engine import Engine
 from core.fragments import KINDS
 from core.methods.base import Batch
+from core.recipe import Train
 from core.snapshot import DTYPES, Part, Piece, Snapshot, pieces
 from core.storage import crc32c
 from tests.ranks import run_ranks

@@ -11,12 +11,13 @@ import torch
 from core import commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
-from core.config import ConfigError, Loader, Recipe, Train, from_yaml, to_yaml
+from core.config import ConfigError, from_yaml, to_yaml
 from core.data.source import open_source
 from core.inputs import schedule, shard_cache
 from core.manifest import CheckpointError
 from core.methods.base import Batch, complete
 from core.models.vit import resize_pos_embed
+from core.recipe import Loader, Recipe, Train
 from core.stage import Stage, build, check_world
 from core.storage import open_store
 from core.train import train

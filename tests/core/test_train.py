@@ -13,13 +13,14 @@ import torch
 from core import commits
 from core.checkpoint import Reader, newest
 from core.comm import Comm
-from core.config import Recipe, fingerprint, from_yaml, to_yaml
+from core.config import fingerprint, from_yaml, to_yaml
 from core.data.loader import train_batches
 from core.data.shards import write_shards
 from core.data.source import DataError, open_source
 from core.data.views import View
 from core.export import export, verify
 from core.methods.base import complete
+from core.recipe import Recipe
 from core.storage import Store, open_store
 from core.train import BadLossError, Outcome, train
 from tests import toy

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from core import coupled
 from core.comm import Comm
-from core.config import Train
 from core.data.features import IMAGE, TEXT, place_of_texts
 from core.engine import Engine
 from core.methods.base import Batch
@@ -26,6 +25,7 @@ from core.methods.dime_fm import DimeFm, DimeFmOptions
 from core.models.students import describe
 from core.models.weights import load_strict, to_timm
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.golden.units.dime_fm import SWIN, VIT, network, swin_sizes, timm_names
 from tests.ranks import run_ranks
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import Train
 from core.data.masks import place_masks
 from core.methods.base import Batch, Info
 from core.methods.proteus import Proteus, ProteusOptions, mask_tensors
 from core.models.adapters import MaskedStudent
 from core.models.weights import to_timm
+from core.recipe import Train
 from tests.golden.towers import info_of, layout_of, tower
 
 HEADS = {"token": "token_head", "feature": "fea_head", "patch": "patch_head"}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from core.comm import Comm
-from core.config import Train
 from core.ema import PREFIX, Average
 from core.engine import Engine
 from core.methods.proteus import Proteus
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
 from tests.golden.runner import Check
 from tests.golden.scale import relative

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.config import Recipe, Train, load
+from core.config import load
 from core.methods.base import create as create_method
 from core.methods.fd import Fd, FdModel, FdOptions
 from core.methods.finetune import SHARED, Classifier, Finetune, FinetuneOptions, own_tables
@@ -21,6 +21,7 @@ from core.models.layouts.windowed import BUFFERS
 from core.models.students import create
 from core.models.weights import to_timm
 from core.optim_layers import layer_groups
+from core.recipe import Recipe, Train
 from tests.golden.networks_fd import in_timm, meta, student
 from tests.golden.runner import Case, Check
 

@@ -14,12 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.engine import Engine
 from core.methods.base import Batch, Features, Info
 from core.methods.unic import TOKENS, Unic, UnicOptions
 from core.models.vit import set_drop_path
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.ranks import run_ranks
 
 Case = dict[str, np.ndarray]

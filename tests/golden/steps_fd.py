@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Teacher, Train
 from core.engine import Engine
 from core.methods.base import Batch, Method
 from core.methods.fd import Fd, FdOptions
@@ -21,6 +20,7 @@ from core.methods.finetune import Finetune, FinetuneOptions
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from core.plain import PlainEngine
+from core.recipe import Teacher, Train
 from tests.golden.networks_fd import beit, describe, meta, params, plain_vit
 from tests.golden.runner import Case, Check
 from tests.ranks import run_ranks

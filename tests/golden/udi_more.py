@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.data.colour import Colour, apply_colour, normalize
 from core.data.views import random_resized_crop
 from core.evaluate.attention_masks import attention_masks
@@ -32,6 +31,7 @@ from core.optim import clip_per_parameter
 from core.optim_lars import Lars
 from core.optim_layers import layer_groups
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.golden.networks import tensor
 from tests.golden.runner import Case, Check
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from core.comm import Comm
-from core.config import Train
 from core.data.udi_crops import GLOBALS, local_names
 from core.ema import PREFIX, Average
 from core.engine import Engine
@@ -22,6 +21,7 @@ from core.methods.base import Batch
 from core.methods.udi import Udi, UdiOptions
 from core.models.clip import set_norm_eps
 from core.plain import PlainEngine
+from core.recipe import Train
 from tests.golden.udi_more import released_module
 from tests.ranks import run_ranks
 

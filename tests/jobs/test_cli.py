@@ -143,7 +143,7 @@ def test_values_that_cannot_be_read_name_their_variable(environment: dict[str, s
 
 
 def test_the_store_is_the_nearest_that_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from core.config import Recipe
+    from core.recipe import Recipe
 
     with_store = Recipe(store="s3://recipe/x")
     assert Settings().root() == f"file://{tmp_path}/.retort/store"

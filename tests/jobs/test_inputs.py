@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.config import Data, Evaluate, Launch, Recipe, Student, Teacher
 from core.prepare import digits
+from core.recipe import Data, Evaluate, Launch, Recipe, Student, Teacher
 from core.storage import open_store
 from jobs import hub, inputs
 from jobs.errors import NotReady, UserError

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from core.config import Launch, Recipe, Train
+from core.recipe import Launch, Recipe, Train
 from jobs.errors import UserError
 from jobs.placement import Placement, allowed_ranks, gathered, place, spread
 

@@ -31,12 +31,12 @@ from torch import nn
 from core.bucket import S3Store
 from core.checkpoint import newest, restore
 from core.comm import Comm
-from core.config import Train
 from core.courier import Courier
 from core.engine import Engine
 from core.manifest import Manifest, Position
 from core.methods.base import Batch
 from core.optim import decay_groups
+from core.recipe import Train
 from core.retention import Policy
 from core.snapshot import pieces
 from core.spool import Spool

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import Data
 from core.data.order import Order
+from core.recipe import Data
 from jobs.table import table
 
 Ints = NDArray[np.int64]

@@ -11,7 +11,6 @@ from timm.models.beit import Attention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 
-from core.config import Teacher
 from core.data.colour import IMAGENET_MEAN, IMAGENET_STD
 from core.data.pillow import CLIP_MEAN, CLIP_STD
 from core.methods.base import Info
@@ -19,6 +18,7 @@ from core.methods.fd import FdModel, fd_loss, whiten
 from core.models.fused import BiasedAttention, CosineAttention
 from core.models.rel_pos import SharedBias, relative_index
 from core.models.teachers import FrozenTeacher
+from core.recipe import Teacher
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGES, GRID, DIM, HEADS, BLOCKS = (128 if DEVICE.type == "cuda" else 2), (14, 14), 768, 12, 2

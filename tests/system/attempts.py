@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from core import checkpoint
-from core.config import Recipe, load
+from core.config import load
 from core.metrics import read_metrics
+from core.recipe import Recipe
 from core.storage import Store, open_store
 from tests import toy
 

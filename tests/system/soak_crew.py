@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Recipe
+from core.recipe import Recipe
 from core.storage import StoreError, open_store
 from tests.faults import Exchange, FaultyProxy, cut_body, lose_answer, lose_request, refusal
 from tests.ranks import Ranks

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from core.config import Recipe, load, names
+from core.config import load, names
+from core.recipe import Recipe
 from tests.ranks import run_ranks
 
 RECIPES = [name for name in names() if name != "demo"]

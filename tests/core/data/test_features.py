@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from core.config import Data
 from core.data.features import (
     IMAGE,
     TEXT,
@@ -24,6 +23,7 @@ from core.data.source import ArraySource, DataError
 from core.data.subset import composed_by
 from core.data.tsv import write_index
 from core.folder import FileStore
+from core.recipe import Data
 
 
 class Numbers(FeatureSource):

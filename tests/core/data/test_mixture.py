@@ -7,13 +7,13 @@ import pickle
 import numpy as np
 import pytest
 
-from core.config import Data
 from core.data.loader import train_batches
 from core.data.mixture import MixtureOrder, PassOrder, apportioned, before
 from core.data.prefetch import upcoming
 from core.data.source import ArraySource
 from core.data.subset import Mixture, compose
 from core.data.views import View
+from core.recipe import Data
 
 SIZES = [np.array([30, 40, 30]), np.array([5, 5]), np.full(90, 10)]  # 100, 10 and 900 samples
 ENDS = np.cumsum([100, 10, 900])

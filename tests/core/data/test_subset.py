@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core.config import Data
 from core.data.repeated import RepeatedOrder
 from core.data.source import ArraySource, DataError
 from core.data.subset import Merged, compose
+from core.recipe import Data
 
 
 def source(labels: list[int], first: int = 0) -> ArraySource:

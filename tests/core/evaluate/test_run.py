@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from core.config import ConfigError, Recipe, to_yaml
+from core.config import ConfigError, to_yaml
 from core.data.decode import decode
 from core.data.shards import write_shards
 from core.data.source import open_source
 from core.evaluate.run import check_protocols, evaluate, protocols
 from core.models.students import build_student
+from core.recipe import Recipe
 from core.storage import Store, open_store
 from core.train import train
 from tests import toy

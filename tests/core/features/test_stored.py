@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from core.cache import ShardCache
-from core.config import Recipe
 from core.features.about import describe, fingerprint
 from core.features.codec import FeatureError
 from core.features.stored import Available, Beside, Stored, available
@@ -17,6 +16,7 @@ from core.features.work import Work
 from core.inputs import Inputs, open_inputs
 from core.methods.base import Batch, Features
 from core.models.teachers import FrozenTeacher
+from core.recipe import Recipe
 from core.storage import open_store
 from tests import toy
 from tests.core.features.toy_features import CPU, Pixels, planned, recipe, values, work_off

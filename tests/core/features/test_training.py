@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import Method, Recipe, from_yaml, to_yaml
+from core.config import from_yaml, to_yaml
 from core.features.run import store, works
 from core.methods.base import complete
+from core.recipe import Method, Recipe
 from core.storage import open_store
 from core.train import train
 from tests import toy

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from core.config import ConfigError, Recipe, from_yaml, to_yaml
+from core.config import ConfigError, from_yaml, to_yaml
 from core.data.decode import to_tensor
 from core.data.draws import uniform
 from core.data.pillow import eval_pil
@@ -30,6 +30,7 @@ from core.inputs import open_inputs
 from core.methods.base import Batch, Outputs, complete
 from core.models.text import TextTower
 from core.models.weights import WeightsError
+from core.recipe import Recipe
 from core.storage import open_store
 from core.train import train
 from tests import toy

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from core.config import Recipe, from_yaml, to_yaml
+from core.config import from_yaml, to_yaml
 from core.features.codec import decode
 from core.features.extract import extract
 from core.features.rows import Rows
 from core.features.run import store, works
 from core.features.work import Work
 from core.methods.base import Batch, Features, complete
+from core.recipe import Recipe
 from tests import toy
 
 CPU = torch.device("cpu")

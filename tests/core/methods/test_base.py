@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from core.config import ConfigError, Recipe, from_yaml
+from core.config import ConfigError, from_yaml
 from core.methods.base import Info, Method, available, check_widths, complete, create, external_parameters, find
 from core.methods.unic import Unic
+from core.recipe import Recipe
 from tests import toy
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import ConfigError, Student, Train
+from core.config import ConfigError
 from core.methods.base import Batch, Features, Info
 from core.methods.fd import Fd, FdOptions, fd_loss, resize_tokens, whiten
 from core.models.init import STD
 from core.models.students import build_student, create
 from core.models.weights import load_strict
+from core.recipe import Student, Train
 
 SETTINGS = Train(img_size=32, batch=8, micro_batch=4, lr=0.5, lr_batch=4, min_lr=0.25, warmup_steps=4, precision="fp32")
 BEIT = Student("beit_base_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 2, "init_values": 0.1,

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.config import ConfigError, Method, Recipe, Student, Teacher, Train
+from core.config import ConfigError
 from core.methods.base import Batch, complete, create
 from core.models.students import build_student, describe_student
 from core.models.teachers import describe_teachers, load_teachers
+from core.recipe import Method, Recipe, Student, Teacher, Train
 
 torch.set_num_threads(1)
 

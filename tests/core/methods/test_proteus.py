@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from core.comm import Comm
-from core.config import ConfigError, Student, Train
+from core.config import ConfigError
 from core.methods.base import Batch, Features, Info
 from core.methods.proteus import Proteus, ProteusOptions, proteus_loss
 from core.models.students import build_student
 from core.plain import PlainEngine
+from core.recipe import Student, Train
 
 SETTINGS = Train(img_size=32, epochs=10, batch=8, micro_batch=4, lr=0.5, lr_batch=4, min_lr=0.25, warmup_steps=20,
                  precision="fp32")  # fmt: skip

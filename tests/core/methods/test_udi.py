@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.comm import Comm
-from core.config import ConfigError, Student, Train
+from core.config import ConfigError
 from core.data.udi_crops import GLOBALS
 from core.losses_udi import Rows, combine, cross_entropy, udi_loss, warmup_temperature
 from core.methods.base import Batch, Info
@@ -18,6 +18,7 @@ from core.methods.udi import Udi, UdiModel, UdiOptions
 from core.models.drop_path import SampleDropPath
 from core.models.students import build_student
 from core.plain import PlainEngine
+from core.recipe import Student, Train
 
 ALONE = Comm(torch.device("cpu"))
 SETTINGS = Train(img_size=32, batch=4, micro_batch=2, lr=0.5, lr_batch=4, min_lr=0.25, warmup_steps=3,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from core.comm import Comm
-from core.config import ConfigError, Student, Train
+from core.config import ConfigError
 from core.methods.base import Batch, Features, Info
 from core.methods.unic import Unic, UnicOptions, unic_loss
 from core.models.students import build_student
+from core.recipe import Student, Train
 from core.stats import STD_FLOOR
 
 ALONE = Comm(torch.device("cpu"))

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config import ConfigError, Recipe, Teacher
+from core.config import ConfigError
 from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Info
 from core.models.features import family, last_tokens, stride, take, to_precision
 from core.models.students import create, describe
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers, own_normalisation
 from core.models.vit import set_grid
+from core.recipe import Recipe, Teacher
 
 torch.set_num_threads(1)
 

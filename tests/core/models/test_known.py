@@ -6,12 +6,13 @@ import pytest
 import timm
 import torch
 
-from core.config import RECIPES, Recipe, Student, Teacher, load
+from core.config import RECIPES, load
 from core.methods.base import Info
 from core.models.known import KNOWN, STUDENTS, TEACHERS, fill
 from core.models.layouts import LAYOUTS
 from core.models.students import create, describe
 from core.models.teachers import create_teacher, describe_teachers
+from core.recipe import Recipe, Student, Teacher
 from jobs import hub
 
 GOLDEN = Path(__file__).parents[2] / "golden"

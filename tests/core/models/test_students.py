@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.config import ConfigError, Student
+from core.config import ConfigError
 from core.models.students import build_arguments, build_student, create, describe, describe_student
 from core.models.vit import DropPath, resize_pos_embed
 from core.models.weights import WeightsError
+from core.recipe import Student
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 VIT = "vit_tiny_patch16_224"

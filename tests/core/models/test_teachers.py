@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.config import ConfigError, Recipe, Teacher
+from core.config import ConfigError
 from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Info
 from core.models.features import take
 from core.models.students import create, describe
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers, own_normalisation
 from core.models.weights import WeightsError
+from core.recipe import Recipe, Teacher
 
 VIT, CLIP = "vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224"
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

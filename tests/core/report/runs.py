@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from core import commits
-from core.config import Recipe, Teacher, to_yaml
+from core.config import to_yaml
 from core.metrics import MetricsLog
+from core.recipe import Recipe, Teacher
 from core.storage import Store, open_store
 from tests.core import logs
 from tests.core.logs import manifest

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.config import Teacher
 from core.data import mix, pillow
 from core.evaluate import diagnostics, landscape, lars_probe
 from core.losses import soft_cross_entropy
@@ -24,6 +23,7 @@ from core.models.fused import fuse_attention
 from core.models.rel_pos import relative_bias, relative_index, resize_table
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
+from core.recipe import Teacher
 from tests.golden.networks import tensor
 from tests.golden.networks_fd import CLIP, SWIN, beit, describe, loaded, meta, params, plain_vit, sides, student, swin
 from tests.golden.runner import Case, Check, Unit, elsewhere

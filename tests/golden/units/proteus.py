@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from core.comm import Comm
-from core.config import Teacher, Train
 from core.data.masks import mask_counts, masked_samples, most_masked, place_masks, ratio_bins
 from core.data.repeated import released_repeats
 from core.data.sharded import sharded_indices
@@ -25,6 +24,7 @@ from core.models.adapters import KINDS, MaskedStudent
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from core.plain import PlainEngine
+from core.recipe import Teacher, Train
 from core.schedules import late_epoch, unshifted_cosine
 from tests.golden import proteus_evaluation as evaluation
 from tests.golden.networks import tensor

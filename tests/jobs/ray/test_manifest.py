@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from core.config import Launch, Loader, Recipe, Train, names
+from core.config import names
+from core.recipe import Launch, Loader, Recipe, Train
 from jobs.cluster import Cluster
 from jobs.errors import UserError
 from jobs.placement import Placement, spread

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.config import Recipe, load
+from core.config import load
+from core.recipe import Recipe
 from core.storage import StoreError, open_store
 from jobs import cli, doctor, inputs
 from jobs.cluster import Cluster

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import Launch, Recipe, Train
+from core.recipe import Launch, Recipe, Train
 from jobs.cluster import Cluster, load, names
 from jobs.placement import Placement
 from jobs.slurm import script
