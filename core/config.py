@@ -1,7 +1,7 @@
 """Recipes: typed, strict, resolved in one order, and identified by a fingerprint of what the result depends on.
 
 defaults <- base recipe <- recipe <- profile <- dotlist. Imports no torch, so a login node can read recipes at once;
-the options of a method are checked by `core.methods.base.complete`, which does import it.
+the options of a method are checked by `core.registry.complete`, which does import it.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from torch import nn
 
 from core import checkpoint, retention
 from core.config import ConfigError, fingerprint, from_yaml
-from core.methods.base import create
 from core.models.students import build_arguments
 from core.models.students import create as create_model
 from core.models.weights import load_strict
 from core.recipe import Recipe
+from core.registry import create
 from core.storage import Store
 
 FOLDER = "export"

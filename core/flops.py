@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.methods.base import Info, at_stage, create, stored_shapes
+from core.methods.base import Info, stored_shapes
 from core.models.students import create as create_model
 from core.models.students import describe
 from core.models.teachers import create_teacher, describe_teachers
 from core.recipe import Recipe
+from core.registry import at_stage, create
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from core.data.subset import composed_by, training_source
 from core.engine import check_precision
 from core.features.about import IMAGES, Split
 from core.features.stored import Available, available
-from core.methods.base import Info, Method, Vectors, at_stage, create
+from core.methods.base import Info, Method, Vectors
 from core.models.students import describe_student
 from core.models.teachers import describe_teachers
 from core.recipe import Loader, Recipe, Teacher, Train
+from core.registry import at_stage, create
 from core.storage import resolve
 
 

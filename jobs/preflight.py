@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def check_networks(recipe: Recipe) -> None:
     """Build student and teachers of every stage without weights or memory.  Raises ConfigError."""
     from core.engine import check_precision
-    from core.methods.base import at_stage, create
     from core.models.students import describe_student
     from core.models.teachers import describe_teachers
+    from core.registry import at_stage, create
 
     for name in recipe.stage_names():
         settings, own = recipe.stage(name), at_stage(recipe, name)

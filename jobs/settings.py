@@ -77,7 +77,7 @@ class Settings:
         from core.config import load
 
         recipe = load(name, self.profile, list(self.set))
-        from core.methods.base import complete  # imports torch: only for a recipe that is right so far
+        from core.registry import complete  # imports torch: only for a recipe that is right so far
 
         return complete(recipe)
 

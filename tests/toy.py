@@ -10,8 +10,8 @@ from PIL import Image
 
 from core.config import from_yaml, to_yaml
 from core.data.shards import write_shards
-from core.methods.base import complete
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import open_store
 
 RECIPE = """

@@ -78,7 +78,7 @@ def _resolved(old: Recipe, settings: Settings) -> Recipe:
     if settings.recipe:
         return settings.load_recipe()
     from core.config import from_yaml, load
-    from core.methods.base import complete
+    from core.registry import complete
 
     if not settings.set:
         return from_yaml(as_yaml(old))

@@ -14,8 +14,8 @@ import pytest
 from core import config
 from core.config import ConfigError, fingerprint, from_yaml, load, to_yaml
 from core.merge import flatten
-from core.methods.base import complete, create
-from core.recipe import Recipe
+from core.recipe import Recipe, Teacher
+from core.registry import complete, create
 
 LEAST = "method: {name: unic}\nteachers: {one: {name: vit_tiny_patch16_224}}\n"
 Write = Callable[..., str]
@@ -303,7 +303,7 @@ def test_the_fingerprint_covers_all_that_the_result_depends_on_and_nothing_else(
         assert (fingerprint(other) == fingerprint(recipe)) == (group in WITHOUT_EFFECT), group
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(config.Teacher)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Teacher)])
 def test_the_fingerprint_covers_every_field_of_a_teacher(write: Write, field: str) -> None:
     recipe = load(write())
     teacher = recipe.teachers["one"]

@@ -15,9 +15,9 @@ from core.checkpoint import Reader, newest
 from core.config import ConfigError, from_yaml, to_yaml
 from core.export import export, load_student, verify
 from core.manifest import CheckpointError
-from core.methods.base import complete
 from core.models.students import build_student
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import Store, open_store
 from core.train import train
 from tests import toy

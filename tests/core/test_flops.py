@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import load, names
 from core.flops import network_flops, stage_cost
-from core.methods.base import Batch, at_stage, complete, create
+from core.methods.base import Batch
 from core.models.features import take
 from core.models.students import create as create_model
 from core.models.students import describe
 from core.models.teachers import describe_teachers
+from core.registry import at_stage, complete, create
 
 
 def _counted(run: Callable[[], object]) -> float:

@@ -15,9 +15,10 @@ from core.config import ConfigError, from_yaml, to_yaml
 from core.data.source import open_source
 from core.inputs import schedule, shard_cache
 from core.manifest import CheckpointError
-from core.methods.base import Batch, complete
+from core.methods.base import Batch
 from core.models.vit import resize_pos_embed
 from core.recipe import Loader, Recipe, Train
+from core.registry import complete
 from core.stage import Stage, build, check_world
 from core.storage import open_store
 from core.train import train

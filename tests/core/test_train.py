@@ -19,8 +19,8 @@ from core.data.shards import write_shards
 from core.data.source import DataError, open_source
 from core.data.views import View
 from core.export import export, verify
-from core.methods.base import complete
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import Store, open_store
 from core.train import BadLossError, Outcome, train
 from tests import toy

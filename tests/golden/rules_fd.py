@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from core.config import load
-from core.methods.base import create as create_method
 from core.methods.fd import Fd, FdModel, FdOptions
 from core.methods.finetune import SHARED, Classifier, Finetune, FinetuneOptions, own_tables
 from core.models.init import init_student
@@ -22,6 +21,7 @@ from core.models.students import create
 from core.models.weights import to_timm
 from core.optim_layers import layer_groups
 from core.recipe import Recipe, Train
+from core.registry import create as create_method
 from tests.golden.networks_fd import in_timm, meta, student
 from tests.golden.runner import Case, Check
 

@@ -316,7 +316,7 @@ def test_logs_that_are_not_stored_yet_are_read_where_they_are(
 
 def test_a_run_id_depends_on_the_result_alone(tiny_recipe: Path) -> None:
     from core.config import load
-    from core.methods.base import complete
+    from core.registry import complete
 
     def named(*dotlist: str) -> str:
         return spec.run_id(complete(load(str(tiny_recipe), "", list(dotlist))))

@@ -29,7 +29,8 @@ from core.config import load
 from core.data.loader import train_batches
 from core.data.rendering import rendered
 from core.data.samples import MicroBatch
-from core.methods.base import Method, create
+from core.methods.base import Method
+from core.registry import create
 from jobs.table import table
 from tests.perf import plain_augment
 from tests.photographs import Repeated, files, photographs

@@ -21,9 +21,9 @@ from core.config import load
 from core.features import run
 from core.features.codec import CODECS, decode
 from core.features.rows import Rows
-from core.methods.base import complete
 from core.prepare import digits
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import open_store
 from core.train import train
 from jobs.table import table

@@ -90,7 +90,7 @@ def _watched(batch: Any, seen: Seen) -> Any:
 
 def recipe_of(name: str, zero: int = 1, steps: int = 6, *overrides: str) -> Recipe:
     """A published recipe at toy size, or the toy one: accumulation, loaders, a checkpoint every second step."""
-    from core.methods.base import complete
+    from core.registry import complete
 
     precision = "fp32" if zero == 0 else "bf16"
     sizes = f"train.steps={steps} train.batch=8 train.micro_batch=2 checkpoint.every_steps=2 checkpoint.keep=9"

@@ -39,7 +39,7 @@ def rows_of(root: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
     @cache
     def rows_of(name: str, *overrides: str) -> list[dict[str, Any]]:
-        from core.methods.base import complete
+        from core.registry import complete
         from jobs.inputs import preparer
 
         fixed = [f"loader.cache_dir={tmp_path_factory.getbasetemp()}/cache", "log.tensorboard=false"]
@@ -82,7 +82,7 @@ def test_a_run_stopped_on_two_ranks_goes_on_as_if_nothing_had_been_on_one(name: 
     if name == "udi-s":
         short += ("data.share=0.05",)  # so that the last layer's frozen epoch ends on the way
     whole = {row["step"]: row["loss"] for row in rows_of(name, *short) if "loss" in row}
-    from core.methods.base import complete
+    from core.registry import complete
 
     recipe = complete(load(name, "smoke", ["log.tensorboard=false", *short]))
     run_ranks(_train, 2, recipe, root, f"{name}-stopped", 3)

@@ -15,7 +15,8 @@ from core.data.rendering import rendered
 from core.data.samples import MicroBatch
 from core.data.source import ArraySource, DataError, Source
 from core.data.views import View
-from core.methods.base import Method, create
+from core.methods.base import Method
+from core.registry import create
 from tests.core.data.images import pixels
 from tests.host_syncs import HostSyncs
 from tests.photographs import Repeated, files, photographs

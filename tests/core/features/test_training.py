@@ -10,8 +10,8 @@ import torch
 
 from core.config import from_yaml, to_yaml
 from core.features.run import store, works
-from core.methods.base import complete
 from core.recipe import Method, Recipe
+from core.registry import complete
 from core.storage import open_store
 from core.train import train
 from tests import toy

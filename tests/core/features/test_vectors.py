@@ -27,10 +27,11 @@ from core.features.source import StoreFeatures
 from core.features.vectors import TEXT_DRAWS
 from core.features.work import Work
 from core.inputs import open_inputs
-from core.methods.base import Batch, Outputs, complete
+from core.methods.base import Batch, Outputs
 from core.models.text import TextTower
 from core.models.weights import WeightsError
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import open_store
 from core.train import train
 from tests import toy

@@ -13,8 +13,9 @@ from core.features.extract import extract
 from core.features.rows import Rows
 from core.features.run import store, works
 from core.features.work import Work
-from core.methods.base import Batch, Features, complete
+from core.methods.base import Batch, Features
 from core.recipe import Recipe
+from core.registry import complete
 from tests import toy
 
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ import pytest
 from torch import nn
 
 from core.config import ConfigError, from_yaml
-from core.methods.base import Info, Method, available, check_widths, complete, create, external_parameters, find
+from core.methods.base import Info, Method, check_widths, external_parameters
 from core.methods.unic import Unic
 from core.recipe import Recipe
+from core.registry import available, complete, create, find
 from tests import toy
 
 

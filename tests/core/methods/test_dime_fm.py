@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from core.config import ConfigError
 from core.data.features import IMAGE, TEXT
 from core.losses_pairs import Weights, score_divergence, score_losses
-from core.methods.base import Batch, Features, Info, at_stage, find
+from core.methods.base import Batch, Features, Info
 from core.methods.dime_fm import DimeFm, DimeFmOptions
 from core.models.clip import init_clip
 from core.models.students import create, describe
 from core.recipe import Train
+from core.registry import at_stage, find
 
 TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 12}
 INFO = Info("vit", 64, 2, 8, (2, 2), 1, has_cls=True, is_vit=True, img_size=16, projection=12)

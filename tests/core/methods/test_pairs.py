@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from core.config import ConfigError
-from core.methods.base import Batch, complete, create
+from core.methods.base import Batch
 from core.models.students import build_student, describe_student
 from core.models.teachers import describe_teachers, load_teachers
 from core.recipe import Method, Recipe, Student, Teacher, Train
+from core.registry import complete, create
 
 torch.set_num_threads(1)
 

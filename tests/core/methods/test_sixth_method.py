@@ -10,8 +10,8 @@ import pytest
 from core.config import ConfigError, from_yaml, to_yaml
 from core.export import export, verify
 from core.flops import stage_cost
-from core.methods.base import complete
 from core.recipe import Recipe
+from core.registry import complete
 from core.storage import open_store
 from core.train import Outcome, train
 from tests import toy
