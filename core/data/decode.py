@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -43,6 +43,8 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
             return shrunk(_decode_any(image), shrink)
     except CorruptImage:
         raise
+    except UnidentifiedImageError:  # whose text holds an address in memory
+        raise CorruptImage(f"no image file of a known kind ({', '.join(FORMATS)})") from None
     except Exception as error:  # bad bytes make decoders raise anything: OSError, SyntaxError, struct.error ...
         raise CorruptImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 

@@ -75,7 +75,11 @@ def test_a_run_goes_on_elsewhere_with_the_same_samples_crops_and_losses(
 def close_together(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a.keys() == b.keys()
     for key in a:
-        assert torch.allclose(a[key].double(), b[key].double(), rtol=2e-2, atol=2e-4), key
+        one, other = (part.double() for part in (a[key], b[key]))
+        if key.endswith("attn.qkv.bias"):
+            # Softmax cancels the bias of keys: its gradient is rounding alone, of which Adam makes whole steps.
+            one, other = (part.view(3, -1)[[0, 2]] for part in (one, other))
+        assert torch.allclose(one, other, rtol=2e-2, atol=2e-4), key
 
 
 GATHERED = {"toy": ("mean",), "udi-s": ("average/", "center"), "dime-fm-b32": (), "proteus-s": (), "fd-clip-b": ()}
