@@ -13,6 +13,7 @@ from core.cache import CacheFull
 from core.data.order import Order
 from core.data.source import Source
 
+AT_ONCE = 2  # shards that a process fetches: while the last ranges of one come in, those of the next are asked for
 LOOK_AGAIN_S = 10.0  # well below core.cache.HELD_S: what is in the window stays marked as in use
 
 
@@ -33,11 +34,11 @@ def upcoming(order: Order, streams: range, epoch: int, position: int) -> Iterato
 
 
 class Prefetch:
-    """A thread in every process that reads: it fetches the shards of the present block and the next `source.ahead`.
+    """Threads in every process that reads: they fetch the shards of the present block and the next `source.ahead`.
 
-    The workers and ranks of a node share this work through the cache, which lets one process fetch a shard and drops
-    nothing that another is about to read.  What cannot be fetched is left to the read, which says why.  The thread is a
-    daemon: it holds up neither the end of a process nor a fork, after which the child starts its own.
+    They, the workers and the ranks of a node share this work through the cache, which lets one fetch a shard and drops
+    nothing that another is about to read.  What cannot be fetched is left to the read, which says why.  The threads are
+    daemons: they hold up neither the end of a process nor a fork, after which the child starts its own.
 
     streams: that this rank reads.
     """
@@ -76,7 +77,7 @@ class Prefetch:
 
 
 def _start(work: WeakMethod[Callable[[set[int]], bool]]) -> None:
-    """Work in a thread for as long as the object is there."""
+    """Work in threads for as long as the object is there."""
 
     def run() -> None:
         failed: set[int] = set()
@@ -86,4 +87,5 @@ def _start(work: WeakMethod[Callable[[set[int]], bool]]) -> None:
             if not more:
                 time.sleep(LOOK_AGAIN_S)
 
-    threading.Thread(target=run, name="prefetch", daemon=True).start()
+    for _ in range(AT_ONCE):
+        threading.Thread(target=run, name="prefetch", daemon=True).start()

@@ -164,7 +164,8 @@ FIELDS: dict[Split, str] = {"train": "data.source", "heldout": "data.heldout", "
 def _lacking(name: str, split: Split, views: int, about: About, rows: Rows | None, root: str) -> str:
     """What is missing in the store, in words; nothing if nothing is."""
     what = f"features of teacher {name} for {FIELDS[split]}"
-    make = f"make features RECIPE=... {f'VIEWS={views}' if split == 'train' and views else f'SPLIT={split}'}"
+    which = f"VIEWS={views}" if split == "train" and views else f"SPLIT={split}"
+    make = f"make features RECIPE=... {which} CODEC={about['codec']}"
     if rows is not None:
         lacking = rows.lacking()
         return f"{what}: {lacking} rows are not stored yet: {make}" if lacking else ""

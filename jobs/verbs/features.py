@@ -70,7 +70,8 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
     if settings.select:
         return choose(recipe, root, settings.select)
     print(stored(works))
-    print(f"next: make submit RECIPE={recipe.name} {training(works)}")
+    profile = f" PROFILE={settings.profile}" if settings.profile else ""
+    print(f"next: make submit RECIPE={recipe.name}{profile} {training(works)}")
     return OK
 
 
