@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.cache import ShardCache
 from core.data.order import Order
-from core.data.prefetch import Prefetch, upcoming
+from core.data.prefetch import AT_ONCE, Prefetch, upcoming
 from core.data.repeated import RepeatedOrder
 from core.data.shards import write_shards
 from core.data.source import ArraySource, Source, open_source
@@ -152,6 +153,24 @@ def test_a_full_cache_keeps_what_is_in_use(bucket: str, tmp_path: Path) -> None:
     assert cached(cache) == 3
 
 
+def test_two_files_are_fetched_at_once(bucket: str, tmp_path: Path) -> None:
+    pair, met = threading.Barrier(2), threading.Event()
+
+    class Watched(ShardCache):
+        def _download(self, wanted: Any) -> None:
+            if not met.is_set():
+                pair.wait(30)
+                met.set()
+            super()._download(wanted)
+
+    shards(bucket, 4)
+    cache = Watched(tmp_path / "cache", 1 << 20, ahead=4)
+    reading = prefetch(open_source(f"{bucket}/set", cache))
+    reading.at(0, 0)
+    wait_until(lambda: cached(cache) == 4)
+    assert met.is_set()
+
+
 def test_a_forked_process_fetches_by_itself(bucket: str, tmp_path: Path) -> None:
     shards(bucket, 4)
     cache = ShardCache(tmp_path / "cache", 1 << 20, ahead=4)
@@ -174,12 +193,13 @@ def test_nothing_is_started_for_samples_that_lie_here() -> None:
     assert threading.active_count() == before
 
 
-def test_the_thread_ends_with_the_reader(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_end_with_the_reader(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.data.prefetch.LOOK_AGAIN_S", 0.01)
     shards(bucket, 2)
     reading = prefetch(open_source(f"{bucket}/set", ShardCache(tmp_path / "cache", 1 << 20, ahead=4)))
     reading.at(0, 0)
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "prefetch"][-1:]
+    started = [thread for thread in threading.enumerate() if thread.name == "prefetch"][-AT_ONCE:]
     del reading
-    thread.join(30)
-    assert not thread.is_alive()
+    for thread in started:
+        thread.join(30)
+        assert not thread.is_alive()
