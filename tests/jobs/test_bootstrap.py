@@ -77,7 +77,8 @@ def test_a_stale_set_up_is_done_again(project: Path, change: str, monkeypatch: p
     monkeypatch.setattr(bootstrap, "call", commands.append)
     bootstrap.set_up(project)
     assert all("--require-hashes" in command for command in commands if "install" in command)
-    assert any("requirements.lock" in command[-1] for command in commands)
+    packages = next(command for command in commands if command[-1].endswith("requirements.lock"))
+    assert "--compile-bytecode" in packages
     assert ("venv" in commands[0]) == (change == "python")
     assert (project / ".venv" / "retort.stamp").read_text() == bootstrap.wanted_stamp(project)
 
