@@ -65,7 +65,7 @@ shards:  ## rewrite a data set into indexed shards: SRC= DST= [SPLIT=train] [SHO
 eval:  ## evaluate a run's student: RUN= [EVAL=knn,linear]
 export:  ## write a run's student for others: RUN= [FORMAT=timm,safetensors]
 report:  ## write a run's report: RUN=
-gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago]
+gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago and features that old]
 manifests:  ## slurm/out/RECIPE.sbatch or k8s/out/RECIPE.yaml, to submit by hand: RECIPE= [LAUNCHER=ray] [CLUSTER=] [SET=]
 image:  ## the container image: BASE=NAME@sha256:... [TAG=retort:latest] [TARGET=train|demo]
 features:  ## store teacher outputs: RECIPE= [VIEWS=1] [SPLIT=train,heldout,texts] [CODEC=bf16] [LAUNCHER=] [CLUSTER=] [NPROC=8: workers] [ADVISE=1] [VERIFY=1] [SELECT="URI top=5"] [DRY=1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _check_labels(method: Method, source: Source, held: Source | None) -> None:
 
 
 def _companions(
-    inputs: Inputs, vectors: dict[Split, FeatureSource], root: str
+    inputs: Inputs, vectors: Mapping[Split, FeatureSource], root: str
 ) -> tuple[list[Companion], list[Companion]]:
     """What the method reads beside the images, and beside the held-out ones.  Raises DataError, StoreError."""
     method, data, s = inputs.method, inputs.recipe.data, inputs.settings

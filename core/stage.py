@@ -47,6 +47,7 @@ class Stage:
     rebuild: Callable[[], nn.Module]  # another module like the engine's, for comparisons
     companions: list[Companion]
     held_companions: list[Companion]
+    features: set[str]  # stored sets that it reads
 
     def batches(self, start: int) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step from `start` on."""
@@ -152,7 +153,8 @@ def build(recipe: Recipe, name: str, step: int, root: str, comm: Comm, reader: R
     steps = {each: inputs.steps if each == name else stage_steps(whole, each, root, cache)
              for each in whole.stage_names()}  # fmt: skip
     stage = Stage(name, recipe, settings, inputs.steps, step - start, sum(steps.values()), inputs.source, inputs.held,
-                  method, teachers, engine, comm, fresh, inputs.companions, inputs.held_companions)  # fmt: skip
+                  method, teachers, engine, comm, fresh, inputs.companions, inputs.held_companions,
+                  inputs.stored.sets())  # fmt: skip
     return stage, start
 
 

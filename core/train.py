@@ -15,6 +15,7 @@ from core.comm import Comm
 from core.commits import SupersededError
 from core.courier import Fate
 from core.engine import pick_device
+from core.features import usage
 from core.guard import BadLossError as BadLossError
 from core.guard import LossGuard, Quarantine
 from core.manifest import Position
@@ -57,6 +58,8 @@ def _train_stages(own: Attempt, root: str) -> Outcome:
     done = names.index(last.position.stage) + last.position.finished if last else 0
     for name in names[done:]:
         stage, start = build(recipe, name, step, root, comm, Reader(own.run, last) if last else None)
+        if comm.rank == 0 and recipe.features != "off":
+            usage.note(own.run, name, stage.features)
         outcome, step = _train_stage(own, stage, start)
         if outcome is not Outcome.FINISHED:
             return outcome

@@ -60,6 +60,11 @@ class FeatureSet:
     def __repr__(self) -> str:
         return self.store.uri
 
+    @property
+    def name(self) -> str:
+        """Of its folder in the feature store."""
+        return fingerprint(self.about)[:16]
+
     def rows(self, part: int) -> range:
         return range(self.ends[part - 1] if part else 0, self.ends[part])
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.data.cutting import BOX
-from core.data.features import FeatureSource
 from core.data.loader import Companion
 from core.data.source import DataError
 from core.features import sets, vectors
@@ -88,8 +87,13 @@ class Available:
     """Stored outputs that a stage can use: by split, then by teacher."""
 
     rows: dict[Split, dict[str, Rows]] = field(default_factory=lambda: {split: {} for split in IMAGES})
-    vectors: dict[Split, FeatureSource] = field(default_factory=dict)  # which the method's companions read
+    vectors: dict[Split, StoreFeatures] = field(default_factory=dict)  # which the method's companions read
     notes: list[str] = field(default_factory=list)  # what is not there, and so computed or read from tables
+
+    def sets(self) -> set[str]:
+        """Names of all sets that are read."""
+        images = {rows.set for found in self.rows.values() for rows in found.values()}
+        return images | {found.rows.set for found in self.vectors.values()}
 
     def companions(self, inputs: Inputs, split: Split) -> list[Companion]:
         view, views = inputs.method.teacher_view, views_of(inputs, split)

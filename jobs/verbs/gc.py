@@ -1,47 +1,116 @@
-"""gc: what broken-off saves left behind, and, where asked for, old runs that no other run refers to."""
+"""gc: what broken-off saves left behind, and, where asked for, old runs and features that no other run refers to."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
-from core.storage import MissingObject, open_store
-from jobs.errors import OK
-from jobs.record import ENDED, ID, Run
+from core.storage import Entry, MissingObject, Store, open_store
+from jobs.errors import OK, UserError
+from jobs.extract import ORDERS
+from jobs.record import ENDED, ID, Run, State
 from jobs.settings import Settings
 
 BROKEN_OFF_S = 86400.0  # uploads younger than this may still be going on
 
 
+@dataclass(frozen=True)
+class Find:
+    what: str
+    size: int  # bytes
+    remove: Callable[[], None]
+
+
 def gc(settings: Settings) -> int:
-    """Remove orphans of all runs of the store, and with DAYS runs that ended so long ago; DRY=1 only says what."""
+    """Remove orphans of all runs of the store, and with DAYS runs that ended and features that were made so long ago.
+
+    DRY=1 only says what.
+    """
     root, freed, found = settings.root(), 0, 0
     runs = [Run(root, run_id) for run_id in Run.list(root)]
-    old = _old(runs, settings.days) if settings.days else []
     verb = "would remove" if settings.dry else "removed"
-    for run in runs:
-        if run.id in old:
-            entries = list(run.store.list())
-            what, size = f"run {run.id}, ended over {settings.days} days ago", sum(e.size for e in entries)
-            if not settings.dry:
-                run.store.delete(*[e.key for e in reversed(entries)])  # what makes it a run comes last
-            found, freed = found + 1, freed + size
-            print(f"{verb} {what} ({_mb(size)})")
-            continue
-        from core import sweep  # loads torch: not for a store without runs
-
-        for orphan in sweep.orphans(run.store, run.view().active):
-            if not settings.dry:
-                sweep.remove(run.store, orphan)
-            found, freed = found + 1, freed + orphan.size
-            print(f"{verb} {run.uri}/{orphan.key}: no checkpoint ({_mb(orphan.size)})")
+    for find in _finds(root, runs, settings.days):
+        if not settings.dry:
+            find.remove()
+        found, freed = found + 1, freed + find.size
+        print(f"{verb} {find.what} ({_mb(find.size)})")
     broken = open_store(root).abandoned(BROKEN_OFF_S, remove=not settings.dry)
     if broken:
         print(f"{verb} {broken} uploads that were broken off over a day ago")
     print(f"{found + broken} found in {root}, {_mb(freed)}" + (" (DRY=1: nothing was removed)" if settings.dry else ""))
     return OK
+
+
+def _finds(root: str, runs: list[Run], days: int) -> Iterator[Find]:
+    """days: 0 for nothing that is only old."""
+    old = _old(runs, days) if days else set()
+    staying = [run for run in runs if run.id not in old]
+    for run in runs:
+        if run.id in old:
+            yield _folder(f"run {run.id}, ended over {days} days ago", run.store, list(run.store.list()))
+    for run in staying:
+        yield from _orphans(run)
+    if days:
+        yield from _old_features(root, staying, days)
+
+
+def _orphans(run: Run) -> Iterator[Find]:
+    from core import sweep  # loads torch: not for a store without runs
+
+    for orphan in sweep.orphans(run.store, run.view().active):
+        yield Find(f"{run.uri}/{orphan.key}: no checkpoint", orphan.size, partial(sweep.remove, run.store, orphan))
+
+
+def _old_features(root: str, runs: list[Run], days: int) -> Iterator[Find]:
+    """runs: those that stay.  Nothing is old while one of them may yet come to need any of them."""
+    from core.features import usage
+
+    needed: set[str] = set()
+    for run in runs:
+        noted = usage.noted(run.store)
+        if why := _undecided(run, noted):
+            print(f"features stay: run {run.id} may need any of them: {why}")
+            return
+        needed.update(name for names in noted.values() for name in names)
+    store, limit = open_store(root), time.time() - 86400 * days
+    for name, group in groupby(store.list("features/"), _set_or_order):
+        entries = list(group)
+        if name not in needed and max(entry.modified for entry in entries) < limit:
+            what = f"features/{name}, which no run reads and nobody has added to for {days} days"
+            yield _folder(what, store, entries)
+
+
+def _set_or_order(entry: Entry) -> str:
+    """A folder of the feature store; of what workers were told to do each alone."""
+    key = entry.key.removeprefix("features/")
+    return key if entry.key.startswith(f"{ORDERS}/") else key.partition("/")[0]
+
+
+def _undecided(run: Run, begun: Collection[str]) -> str:
+    """Why a run may yet come to need any features; nothing where what it reads is known.  begun: stages."""
+    from core.merge import ConfigError
+
+    if run.last().state is State.SUCCEEDED:
+        return ""
+    try:
+        recipe = run.recipe()
+    except UserError:  # cut short, and never to begin
+        return ""
+    except ConfigError as error:
+        return f"its recipe cannot be read ({error})"
+    coming = [name for name in recipe.stage_names() if name not in begun and recipe.features != "off"]
+    return f"it has not begun its stage {coming[0]}" if coming else ""
+
+
+def _folder(what: str, store: Store, entries: list[Entry]) -> Find:
+    keys = [entry.key for entry in reversed(entries)]  # what makes it a run or a set comes last
+    return Find(what, sum(entry.size for entry in entries), partial(store.delete, *keys))
 
 
 def _old(runs: list[Run], days: int) -> set[str]:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from core import commits
+from core.features import usage
 from core.storage import open_store
 from jobs import cli
 from jobs.record import Run, State, Transition, _dump, _key
+from tests import toy
 from tests.core.logs import claim, log, manifest, put_checkpoint, put_part
 
 MakeRun = Callable[..., Run]
@@ -111,3 +113,72 @@ def test_uploads_that_were_broken_off_long_ago_go(
     os.utime(stale, (0, 0))
     gc(root, capsys)
     assert (fresh.exists(), stale.exists()) == (True, False)
+
+
+RECIPE = toy.RECIPE + "features: auto\nstages: {first: {}, second: {}}\n"
+
+
+@pytest.fixture
+def features(root: str, tmp_path: Path) -> Callable[[], set[str]]:
+    """Three sets of features, of which `young` was added to lately, and two orders; tells what is left."""
+    store = open_store(root).sub("features")
+    for name in ("read", "idle", "young"):
+        store.put(f"{name}/about.json", b"{}")
+        store.put(f"{name}/view-0/part-000000.json", b"{}")
+    for name in ("old", "new"):
+        store.put(f"orders/{name}.json", b"{}")
+    for path in (tmp_path / "store" / "features").rglob("*.json"):
+        if not path.match("young/view-0/*") and not path.match("orders/new.json"):
+            os.utime(path, (0, 0))
+    return lambda: {e.key.removesuffix("/about.json") for e in store.list() if "view-" not in e.key}
+
+
+ALL = {"read", "idle", "young", "orders/old.json", "orders/new.json"}
+
+
+def test_old_features_that_no_run_reads_go_when_asked_for(
+    new_run: MakeRun, root: str, features: Callable[[], set[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(recipe=RECIPE)
+    usage.note(run.store, "first", ["read"])
+    usage.note(run.store, "second", [])
+    gc(root, capsys)
+    assert features() == ALL, "features go only when asked for"
+    said = gc(root, capsys, "--days", "30", "--dry")
+    assert "would remove features/idle, which no run reads" in said
+    assert features() == ALL
+    gc(root, capsys, "--days", "30")
+    assert features() == {"read", "young", "orders/new.json"}
+    assert not list(open_store(root).list("features/idle/"))
+    end(run, 90)
+    gc(root, capsys, "--days", "30")
+    assert features() == {"young", "orders/new.json"}, "the run that read them has gone"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [(RECIPE, "it has not begun its stage second"), ("nonsense: 1", "its recipe cannot be read")],
+    ids=["begins", "unread"],
+)
+def test_no_features_go_while_a_run_may_come_to_need_them(
+    recipe: str, why: str,
+    new_run: MakeRun, root: str, features: Callable[[], set[str]], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = new_run(recipe=recipe)
+    usage.note(run.store, "first", ["read"])
+    said = gc(root, capsys, "--days", "30")
+    assert f"features stay: run {run.id} may need any of them: {why}" in said
+    assert features() == ALL
+
+
+@pytest.mark.parametrize(
+    "recipe", ["", RECIPE.replace("features: auto", "features: off")], ids=["cut short", "without features"]
+)
+def test_runs_that_will_never_read_features_keep_none(
+    recipe: str, new_run: MakeRun, root: str, features: Callable[[], set[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(recipe=recipe)
+    if not recipe:
+        run.store.delete("recipe.yaml")
+    gc(root, capsys, "--days", "30")
+    assert features() == {"young", "orders/new.json"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.config import from_yaml, to_yaml
+from core.features import usage
 from core.features.run import store, works
 from core.recipe import Method, Recipe
 from core.registry import complete
@@ -72,3 +73,12 @@ def test_a_run_with_half_of_its_features_computes_the_rest_and_is_the_same(tmp_p
             found.drop(0, part)
     half = run(recipe("auto"), root, "half")
     assert half == pytest.approx(live, rel=1e-5)
+
+
+def test_a_run_notes_which_stored_features_it_reads(tmp_path: Path) -> None:
+    root = toy.store(tmp_path)
+    stored(root, recipe("off"))
+    sets = {entry.key.split("/")[0] for entry in open_store(f"{root}/features").list()}
+    for features, expected in (("require", {"main": sorted(sets)}), ("off", {})):
+        run(recipe(features, steps=2), root, features)
+        assert usage.noted(open_store(f"{root}/runs/{features}")) == expected
