@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from core.fragments import SHARDINGS, Fragment
 from core.methods.base import Batch, external_parameters
 from core.recipe import Train
 
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
 Rate = Callable[[float], float]  # lr_scale of a group -> its learning rate
 
 
@@ -55,6 +57,19 @@ def init_distributed(device: torch.device, store: Any = None) -> None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """DeepSpeed gives an optimiser of its own to torch.compile while it imports it; the compiler loads for seconds."""
+    before = os.environ.get(NO_COMPILER)
+    os.environ[NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[NO_COMPILER]
+        if before is not None:
+            os.environ[NO_COMPILER] = before
 
 
 def shutdown() -> None:
@@ -92,11 +107,9 @@ class Engine:
         if zero_stage == 3:
             for reader, parameter in external_parameters(module):
                 deepspeed.zero.register_external_parameter(reader, parameter)
-        self.ds, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self.adam,
-            config=_ds_config(settings, zero_stage, self.accumulation, per_parameter_clip),
-        )
+        config = _ds_config(settings, zero_stage, self.accumulation, per_parameter_clip)
+        with _nothing_compiled():
+            self.ds, *_ = deepspeed.initialize(model=module, optimizer=self.adam, config=config)
         self._fragments = SHARDINGS[zero_stage](self)
         self.adam.locate(self._fragments, sharded=zero_stage > 0)
 

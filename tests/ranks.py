@@ -18,7 +18,6 @@ PRELOAD = [
     "timm",
     "deepspeed",
     "torch._dynamo",
-    "torch._inductor.compile_fx",
     "core.train",
     "core.bucket",
     "tests.ranks",

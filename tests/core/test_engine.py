@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 from operator import mul
 from typing import Any
@@ -291,3 +292,18 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no GPU; use launch.device=cpu"):
         pick_device("cuda")
+
+
+def compilers() -> list[str]:
+    """Of torch, those that are loaded once every stage has taken steps."""
+    comm = Comm(torch.device("cpu"))
+    for stage in range(4):
+        net = Net()
+        train(Engine(net, groups(net), SETTINGS, zero_stage=stage, world=1, per_parameter_clip=True,
+                     device=comm.device), comm)  # fmt: skip
+    return [name for name in sys.modules if name == "torch._inductor.compile_fx"]
+
+
+def test_no_compiler_is_loaded() -> None:
+    """Which would take seconds of every start."""
+    assert run_ranks(compilers, 1) == [[]]
