@@ -23,11 +23,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses(root, Shell(folder).submit("demo", *SMOKE, LONG, "--launcher", "local", "--store", root))
 
 
+@pytest.fixture
+def s3_server(ceph: S3Server) -> S3Server:
+    """Behind `bucket` stands a real server in these tests, which also costs a run less than one in Python."""
+    return ceph
+
+
 @pytest.fixture(scope="module")
-def ray(moto: S3Server) -> Iterator[RayCluster]:
+def ray(ceph: S3Server) -> Iterator[RayCluster]:
     """Two nodes with one CPU each, which know how to reach the store; whoever submits does not hand that on."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it holds sockets
-    cluster = RayCluster(folder, NO_PROXY="127.0.0.1,127.0.0.2,127.0.0.3,localhost", **moto.env)
+    cluster = RayCluster(folder, NO_PROXY="127.0.0.1,127.0.0.2,127.0.0.3,localhost", **ceph.env)
     try:
         cluster.start(1)
         cluster.start(2)

@@ -25,7 +25,6 @@ from core.salvage import begin
 from core.snapshot import Piece
 from core.spool import Spool
 from core.storage import Store, open_store
-from tests.conftest import S3Server
 from tests.faults import Exchange, FaultyProxy
 from tests.ranks import Ranks, run_ranks
 from tests.system.attempts import Attempt, losses, prepared, recipe_of, run
@@ -151,12 +150,6 @@ def step_of(store: Store) -> int:
 
 
 POINTS = 18
-
-
-@pytest.fixture
-def s3_server(ceph: S3Server) -> S3Server:
-    """The real server behind `bucket` in this file."""
-    return ceph
 
 
 @pytest.mark.parametrize(("rank", "every"), [(0, 1), (1, 4)])

@@ -16,7 +16,6 @@ from PIL import Image
 from core.metrics import read_metrics
 from core.storage import open_store
 from jobs.record import Run, State
-from tests.conftest import S3Server
 from tests.system.cli import Shell, run_id, wait_for
 
 pytestmark = pytest.mark.system
@@ -97,12 +96,6 @@ def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int,
     moves = [(t.state, t.attempt, t.info.get("reason", "")) for t in Run(cut, run).transitions()]
     assert [attempt for state, attempt, _ in moves if state == State.QUEUED] == [1, 2]
     assert (State.PREEMPTED, 1, "asked to stop (by another rank: its log says why)") in moves
-
-
-@pytest.fixture
-def s3_server(ceph: S3Server) -> S3Server:
-    """The real server behind `bucket` in this file."""
-    return ceph
 
 
 def test_unic_l_runs_both_stages_in_smoke_profile_against_a_real_s3_server(tmp_path: Path, bucket: str) -> None:

@@ -26,11 +26,6 @@ IMPATIENT = S3Options(attempts=8, read_timeout_s=1.0)
 
 
 @pytest.fixture
-def s3_server(ceph: Ceph) -> Ceph:
-    return ceph
-
-
-@pytest.fixture
 def store(bucket: str) -> Store:
     return open_store(bucket)
 

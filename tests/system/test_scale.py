@@ -22,7 +22,6 @@ from core.models.heads import Ladder
 from core.optim import decay_groups
 from core.snapshot import Part
 from core.storage import Store, open_store
-from tests.conftest import S3Server
 from tests.faults import FaultyProxy
 
 pytestmark = pytest.mark.system
@@ -30,12 +29,6 @@ WORLD, TENSORS = 1024, 805
 TINY = b"\0" * 16  # stands in for a rank's tensors, whose slices are described at their true size
 T = TypeVar("T")
 Run = tuple[str, int, int]  # of a tensor: name, first element, elements
-
-
-@pytest.fixture
-def s3_server(ceph: S3Server) -> S3Server:
-    """The real server behind `bucket` in this file."""
-    return ceph
 
 
 def vit_g() -> nn.Module:
