@@ -68,5 +68,5 @@ report:  ## write a run's report: RUN=
 gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so long ago and features that old]
 manifests:  ## slurm/out/RECIPE.sbatch or k8s/out/RECIPE.yaml, to submit by hand: RECIPE= [LAUNCHER=ray] [CLUSTER=] [SET=]
 image:  ## the container image: BASE=NAME@sha256:... [TAG=retort:latest] [TARGET=train|demo]
-features:  ## store teacher outputs: RECIPE= [VIEWS=1] [SPLIT=train,heldout,texts] [CODEC=bf16] [LAUNCHER=] [CLUSTER=] [NPROC=8: workers] [ADVISE=1] [VERIFY=1] [SELECT="URI top=5"] [DRY=1]
+features:  ## store teacher outputs: RECIPE= [VIEWS=1] [SPLIT=train,heldout,texts] [CODEC=bf16] [LAUNCHER=] [CLUSTER=] [NPROC=8: workers, else one for each GPU here] [ADVISE=1] [VERIFY=1] [SELECT="URI top=5"] [DRY=1]
 bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving; DATA=1: of reading; CODECS=1: of stored features

@@ -58,10 +58,10 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
 
     launcher = choose_launcher(settings, recipe)
     placement = place(launcher, recipe, root, settings)
-    works = planned(recipe, root, split, launcher.gpus())
-    if lacking(works) and (launcher.queues or settings.nproc > 1):
+    works, count = planned(recipe, root, split, launcher.gpus()), workers(settings.nproc, launcher, placement)
+    if lacking(works) and (launcher.queues or count > 1):
         line = extract.arguments(root, extract.order(root, recipe, split))
-        say(launcher.workers(line, max(settings.nproc, 1), recipe, placement))
+        say(launcher.workers(line, count, recipe, placement))
         if launcher.queues:
             print("the same command with DRY=1 says how far they are; without it, it adds workers while some is left")
             return OK
@@ -73,6 +73,12 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
     profile = f" PROFILE={settings.profile}" if settings.profile else ""
     print(f"next: make submit RECIPE={recipe.name}{profile} {training(works)}")
     return OK
+
+
+def workers(wanted: int, launcher: Launcher, placement: Placement) -> int:
+    """How many: as wanted, else one for each GPU of this machine, and of a cluster one."""
+    on_all = placement.device == "cuda" and not launcher.queues
+    return wanted or (launcher.gpus() if on_all else 1)
 
 
 def lacking(works: list[Work]) -> bool:

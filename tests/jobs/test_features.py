@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from core.storage import open_store
-from jobs import cli, extract
+from jobs import cli, extract, launchers
 from jobs.errors import BUG
 from jobs.launchers import crew
 from jobs.launchers.crew import NoneLeft
 from jobs.placement import Placement
+from jobs.verbs.features import workers
 
 Command = Callable[..., tuple[int, str, str]]
 ONE = Placement(1, "cpu", 1)
@@ -66,6 +67,19 @@ def test_a_recipe_without_teachers_has_nothing_to_store(features: Command, tiny_
     assert code == 2, said
     assert "no stage of it has teachers whose outputs could be stored" in said
     assert not files(root)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "queues", "count"), [(0, "cuda", False, 8), (3, "cuda", False, 3), (0, "cpu", False, 1),
+                                              (0, "cuda", True, 1)]
+)  # fmt: skip
+def test_without_a_number_every_gpu_of_this_machine_gets_a_worker(
+    wanted: int, device: str, queues: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = launchers.find("local")
+    monkeypatch.setattr(type(launcher), "gpus", lambda self: 8)
+    monkeypatch.setattr(type(launcher), "queues", queues)
+    assert workers(wanted, launcher, Placement(1, device, 1)) == count
 
 
 def test_a_dry_run_says_what_there_would_be_to_do(features: Command, root: str) -> None:
