@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,12 @@ def gathered(recipe: Recipe, nodes: Sequence[Mapping[str, float]], cpus: int) ->
     filled = [sum(room[: n + 1]) for n in range(len(room))]
     full = next((n + 1 for n, count in enumerate(filled) if count >= ranks), len(room))
     return Placement(ranks, device, recipe.launch.threads or cpus, max(full, 1))
+
+
+def filled(one: Placement, count: int, per_node: int) -> Placement:
+    """Room for so many workers of a rank each, on as few nodes as hold them."""
+    nodes = -(-count // per_node)
+    return replace(one, ranks=nodes * -(-count // nodes), nodes=nodes)
 
 
 def device_of(recipe: Recipe, gpus: int) -> str:

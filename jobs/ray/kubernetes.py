@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError
 from jobs.launchers import Look, OnSite, Order, tries
-from jobs.placement import Placement
-from jobs.ray import manifest
+from jobs.placement import Placement, demand
+from jobs.ray import command, manifest
 from jobs.ray.command import KUBERNETES, tagged
 from jobs.record import Run
 from jobs.spec import REPOSITORY
@@ -59,9 +60,14 @@ class OnKubernetes(OnSite):
         return tries.submit(order, info, lambda: self.kube.create(made))
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
-        raise UserError("LAUNCHER: workers are no RayJob of their own: start a Ray cluster on Kubernetes, forward its "
-                        "head's port (kubectl port-forward service/HEAD 8265) and set "
-                        "RAY_ADDRESS=http://127.0.0.1:8265; on this machine alone: LAUNCHER=local")  # fmt: skip
+        name = manifest.job_name(f"{recipe.name}-workers-{uuid.uuid4().hex[:6]}")
+        self.kube.create(manifest.crew(recipe, self.cluster, placement, count, name, arguments))
+        each = command.told(demand(placement.device, self.cluster.cpus_per_task))
+        at = f"--namespace {self.kube.namespace}"
+        return (
+            f"RayJob {name}: {count} workers of {each}; kubectl get rayjob {at} {name} shows how it is, "
+            f"kubectl logs {at} --follow job/{name} what they say, kubectl delete rayjob {at} {name} ends them"
+        )
 
     def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:
         name, path = manifest.job_name(tagged(run.id, run.root)), OUT / f"{recipe.name}.yaml"

@@ -1,4 +1,4 @@
-"""Manifests of a run on Kubernetes: k8s/rayjob.yaml filled in from a recipe and a cluster file."""
+"""Manifests of runs and of workers on Kubernetes: k8s/rayjob.yaml filled in from a recipe and a cluster file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from jobs.cluster import Cluster
-from jobs.placement import Placement
+from jobs.placement import Placement, demand, filled
 from jobs.ray import command
 from jobs.ray.pods import Document, Pods, given
 from jobs.spec import REPOSITORY
@@ -41,14 +42,35 @@ def documents(
     recipe: Recipe, cluster: Cluster, placement: Placement, run_id: str, root: str, name: str, at: str,
     after: Sequence[str] = (),
 ) -> list[Document]:  # fmt: skip
-    """The RayJob, and what keeps the upkeep of nodes from taking its pods away.  Raises UserError.
+    """The RayJob of a run, and what keeps the upkeep of nodes from taking its pods away.  Raises UserError.
 
     at: what the record will say of where the run is.  after: verbs for the run once it has succeeded.
     """
     check(recipe, cluster, placement, root)
+    line = command.line("python", run_id, root, name, at, placement, cluster.cpus_per_task, after=",".join(after))
+    label = run_id if len(run_id) <= LABEL_MAX else _cut(run_id, LABEL_MAX, run_id)
+    return _documents(recipe, cluster, placement, name, line, {"retort.dev/run": label}, {"retort.dev/run": run_id})
+
+
+def crew(
+    recipe: Recipe, cluster: Cluster, one: Placement, count: int, name: str, arguments: Sequence[str]
+) -> list[Document]:
+    """As `documents`, of so many workers that run `python ARGUMENTS` and belong to no run.  one: what each gets.
+
+    Raises UserError.
+    """
+    own = replace(recipe, launch=replace(recipe.launch, deadline_h=0.0, min_ranks=1))  # the others are of a run
+    line = command.workers("python", arguments, count, demand(one.device, cluster.cpus_per_task), one.threads)
+    return _documents(own, cluster, filled(one, count, cluster.per_node), name, line, {}, {})
+
+
+def _documents(
+    recipe: Recipe, cluster: Cluster, placement: Placement, name: str, entrypoint: str, labels: dict[str, str],
+    annotations: dict[str, str],
+) -> list[Document]:  # fmt: skip
     labels = {
         "app.kubernetes.io/part-of": "retort",  # the operator selects pods by its own app.kubernetes.io/name
-        "retort.dev/run": run_id if len(run_id) <= LABEL_MAX else _cut(run_id, LABEL_MAX, run_id),
+        **labels,
         "retort.dev/job": name,
     }
     site = cluster.kubernetes
@@ -58,9 +80,8 @@ def documents(
         "name": name,
         "namespace": site.namespace,
         "labels": labels | queue,
-        "annotations": {"retort.dev/run": run_id},
+        **given({"annotations": annotations}),
     }
-    entrypoint = command.line("python", run_id, root, name, at, placement, cluster.cpus_per_task, after=",".join(after))
     own = {"entrypoint": entrypoint, **_limits(recipe, cluster)}
     job["spec"] = own | {key: value for key, value in job["spec"].items() if key not in own}
     ray = job["spec"]["rayClusterSpec"]

@@ -19,6 +19,7 @@ from typing import Any
 from jobs.errors import BUG, OK, PREEMPTED
 from jobs.spec import REPOSITORY
 
+ASKED = 128 + signal.SIGTERM  # exit code of a worker that was asked to leave, as when its pod is evicted
 RETRIES = 3  # of a worker that was killed, or whose node was lost
 
 
@@ -51,8 +52,9 @@ def work(arguments: Sequence[str], threads: int) -> int:
     finally:
         child.terminate()
     print(f"worker on {socket.gethostname()}: exit code {code}", flush=True)
-    if code < 0:
-        raise Killed(f"worker on {socket.gethostname()}: killed by {signal.Signals(-code).name}")
+    if code < 0 or code == ASKED:
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else "asked to leave"
+        raise Killed(f"worker on {socket.gethostname()}: {how}")
     return code
 
 

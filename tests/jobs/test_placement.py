@@ -8,7 +8,7 @@ import pytest
 
 from core.recipe import Launch, Recipe, Train
 from jobs.errors import UserError
-from jobs.placement import Placement, allowed_ranks, gathered, place, spread
+from jobs.placement import Placement, allowed_ranks, filled, gathered, place, spread
 
 Stages = dict[str, dict[str, int]]
 
@@ -74,3 +74,8 @@ def test_ranks_fill_the_largest_nodes_that_there_are(
     found = gathered(recipe(64, 8, **launch), nodes, cpus)
     assert (found.ranks, found.nodes) == (ranks, over)
     assert found.device == ("cuda" if nodes is GPUS else "cpu")
+
+
+@pytest.mark.parametrize(("count", "room", "nodes"), [(1, 1, 1), (2, 2, 1), (5, 6, 3), (8, 8, 4)])
+def test_workers_get_room_on_as_few_nodes_as_hold_them(count: int, room: int, nodes: int) -> None:
+    assert filled(Placement(1, "cuda", 3), count, per_node=2) == Placement(room, "cuda", 3, nodes)

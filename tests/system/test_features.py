@@ -9,7 +9,9 @@ import pytest
 
 from core.storage import open_store
 from tests.conftest import Slurm
+from tests.kube_server import KubeServer
 from tests.system.cli import Shell, wait_for
+from tests.system.operator import Operator
 from tests.system.ray_cluster import RayCluster
 from tests.system.toy_run import RANDOM
 
@@ -22,7 +24,7 @@ class Site:
     """A user's folder and the store that their features go to."""
 
     def __init__(self, folder: Path, root: str, env: dict[str, str]) -> None:
-        self.root, self.shell = root, Shell(folder, RETORT_STORE=root, RETORT_CLUSTER="", **env)
+        self.root, self.shell = root, Shell(folder, **{"RETORT_STORE": root, "RETORT_CLUSTER": "", **env})
 
     def features(self, *arguments: str, code: int = 0) -> str:
         return self.shell(*COMMAND, *arguments, code=code)
@@ -66,6 +68,23 @@ def _ends(slurm: Slurm, job: str) -> dict[str, str]:
     out = slurm.run("sacct", "-X", "-n", "-P", f"--jobs={job}", "--format=JobID,State")
     found = (re.match(r"\d+_(\d+)\|(\w+)", line) for line in out.splitlines())
     return {match[1]: match[2] for match in found if match}
+
+
+def test_a_rayjob_of_workers_stores_what_is_wanted(
+    tmp_path: Path, ray: RayCluster, bucket: str, api: KubeServer
+) -> None:
+    api.on_create = Operator(api, ray)
+    own = {"KUBECONFIG": str(api.kubeconfig), "RETORT_CLUSTER": str(tmp_path / "ml.yaml")}
+    site = Site(tmp_path, bucket, own)
+    out = site.features("--launcher", "ray", "--nproc", "2", "--dirty")
+    job = re.search(r"RayJob (demo-workers-\w+): 2 workers of 1 CPU; kubectl get rayjob --namespace ml \1", out)
+    assert job
+    ended = lambda: api.objects("rayjobs")[0].get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed")  # noqa: E731
+    wait_for("the RayJob's end", ended, 300, poll_s=1.0)
+    [made] = api.objects("rayjobs")
+    assert made["metadata"]["name"] == job[1]
+    assert made["status"] == {"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete", "failed": 0}
+    site.is_whole()
 
 
 def test_tasks_of_a_ray_cluster_share_the_work_though_a_node_is_lost(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -90,21 +89,6 @@ def test_a_run_goes_through_the_loss_of_each_of_its_parts_and_computes_the_same(
     found = losses(site.root, name)
     assert found.keys() == whole.keys()
     assert max(abs(found[step] - whole[step]) for step in whole) < 1e-5
-
-
-CLUSTER = """
-image: registry.example.org/retort:test
-tasks_per_node: 1
-mem_gb: 4
-kubernetes: {namespace: ml, secrets: [store]}
-"""
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubeServer]:
-    (tmp_path / "ml.yaml").write_text(CLUSTER)
-    with KubeServer(tmp_path) as server:
-        yield server
 
 
 @pytest.fixture

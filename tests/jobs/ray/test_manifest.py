@@ -19,6 +19,7 @@ from jobs.placement import Placement, spread
 from jobs.ray import command, manifest
 from jobs.ray.site import Kubernetes, Toleration
 from tests.jobs.ray import golden
+from tests.k8s import schema
 
 FOUR = Placement(4, "cuda", 3, nodes=2)
 SITE = Cluster(image="registry.example.org/retort:1", gpus_per_node=2, cpus_per_task=6, mem_gb=64)
@@ -81,6 +82,12 @@ def test_the_manifest_of_a_recipe_is_the_golden_one(name: str) -> None:
     again = "if the change is meant: .venv/bin/python -m tests.jobs.ray.golden"
     assert path.is_file(), f"{path} is missing; {again}"
     assert golden.text(name) == path.read_text(), again
+
+
+def test_the_manifest_of_workers_is_one_for_kubernetes() -> None:
+    made = manifest.crew(recipe(), SITE, Placement(1, "cuda", 3), 5, "demo-workers-0a1b2c", ["-m", "jobs.extract"])
+    assert [document["kind"] for document in made] == ["RayJob", "PodDisruptionBudget", "PodDisruptionBudget"]
+    assert [finding for document in made for finding in schema.findings(document)] == []
 
 
 def test_no_golden_manifest_outlives_its_recipe() -> None:

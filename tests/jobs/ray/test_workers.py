@@ -8,11 +8,10 @@ import pytest
 
 from core.config import load
 from jobs.cluster import Cluster
-from jobs.errors import UserError
 from jobs.launchers.ray import Ray
 from jobs.placement import Placement
 from jobs.ray import workers
-from jobs.ray.kubernetes import OnKubernetes
+from jobs.ray.site import Kubernetes
 from tests.kube_server import KubeServer
 
 
@@ -28,9 +27,23 @@ def test_a_worker_that_was_killed_is_told_apart_from_one_that_failed() -> None:
         workers.work(["-c", "import os; os.kill(os.getpid(), 9)"], 1)
 
 
-def test_on_kubernetes_it_is_said_how_to_get_workers(server: KubeServer, tiny_recipe: Path) -> None:
-    assert server
-    here = Ray()._here()
-    assert isinstance(here, OnKubernetes)
-    with pytest.raises(UserError, match="RAY_ADDRESS=http://127.0.0.1:8265"):
-        Ray(Cluster()).workers(["-m", "jobs.extract"], 2, load(str(tiny_recipe)), Placement(1, "cpu", 1))
+def test_a_worker_that_was_asked_to_leave_its_node_is_started_again_elsewhere() -> None:
+    with pytest.raises(workers.Killed, match="asked to leave"):
+        workers.work(["-c", "import signal, sys; sys.exit(128 + signal.SIGTERM)"], 1)
+
+
+def test_on_kubernetes_workers_are_a_rayjob_of_their_own(server: KubeServer, tiny_recipe: Path) -> None:
+    cluster = Cluster(image="registry.example.org/retort:1", gpus_per_node=2, cpus_per_task=6, mem_gb=64,
+                      kubernetes=Kubernetes(namespace="ml"))  # fmt: skip
+    recipe, arguments = load(str(tiny_recipe), dotlist=["launch.deadline_h=1"]), ["-m", "jobs.extract", "--order", "o1"]
+    said = Ray(cluster).workers(arguments, 5, recipe, Placement(1, "cuda", 3))
+    [job], name = server.objects("rayjobs"), f"{recipe.name}-workers-"
+    assert job["metadata"]["name"].startswith(name)
+    assert f"RayJob {job['metadata']['name']}: 5 workers of 6 CPUs and 1 GPU; kubectl get rayjob --namespace ml" in said
+    words = "--count 5 --cpus 6.0 --gpus 1.0 --threads 3 -- -m jobs.extract --order o1"
+    assert job["spec"]["entrypoint"] == f"python -m jobs.ray.workers {words}"
+    assert "activeDeadlineSeconds" not in job["spec"], "the recipe's deadline is of the run"
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["rayStartParams"]["num-gpus"]) == (3, "2")
+    assert not [label for label in job["metadata"]["labels"] if label == "retort.dev/run"]
+    assert len(server.objects("poddisruptionbudgets")) == 2
