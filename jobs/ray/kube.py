@@ -88,6 +88,7 @@ class Kube:
             if error.reason != "NotFound":
                 raise
             return False
+        self._looks.forget()
         return True
 
     def working(self, name: str) -> bool:

@@ -219,9 +219,8 @@ def test_the_api_server_is_not_asked_again_within_seconds(server: KubeServer) ->
     asked = len(server.seen)
     assert [own.look(NAME) for _ in range(5)] == [first] * 5
     assert len(server.seen) == asked
-    own._looks.forget()
-    server.remove("rayjobs", NAME)
-    assert own.look(NAME).alive is False
+    assert own.delete(NAME)
+    assert own.look(NAME).alive is False, "but after a change of one's own"
 
 
 def test_a_rayjob_that_may_not_be_seen_is_not_judged(server: KubeServer) -> None:
