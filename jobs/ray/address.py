@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from core.recipe import Recipe
 
 STOP_S = 30  # that workers without a record have to leave
+CONNECT_S, ANSWER_S = 5.0, 30.0
 AGENT_S = 60.0  # for which a cluster that has just started may refuse jobs
 NAMES = ("core", "jobs")  # of the code that goes along
 SHARED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # no secret is among them
@@ -55,9 +56,15 @@ class OnCluster(Launcher):
     def _connect(self) -> JobSubmissionClient:
         from ray.job_submission import JobSubmissionClient
 
+        class Limited(JobSubmissionClient):
+            """Ray's own waits for an answer for ever."""
+
+            def _do_request(self, *arguments: Any, **options: Any) -> Any:
+                return super()._do_request(*arguments, **{"timeout": (CONNECT_S, ANSWER_S), **options})
+
         try:
             with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would ask these instead of the address
-                return JobSubmissionClient(self.address)
+                return Limited(self.address)
         except _errors(ValueError) as error:
             self._client = NotReady(
                 f"RAY_ADDRESS: no Ray cluster answers at {self.address}: {_told(error)}; it is the address of the "

@@ -1,0 +1,33 @@
+"""A Ray cluster by its address: one that does not answer. How runs fare on one that does: tests/system/test_ray.py."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.cluster import Cluster
+from jobs.errors import NotReady
+from jobs.ray import address
+from jobs.ray.address import OnCluster
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of something that takes connections and says nothing."""
+    monkeypatch.setattr(address, "ANSWER_S", 0.3)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_cluster_that_says_nothing_is_not_waited_for(silent: str) -> None:
+    with pytest.raises(NotReady, match=f"no Ray cluster answers at {silent}: .*timed out"):
+        OnCluster(silent, Cluster()).client  # noqa: B018 - asked for what it raises
+
+
+def test_a_job_of_a_cluster_that_says_nothing_is_not_judged(silent: str) -> None:
+    look = OnCluster(silent, Cluster()).look({"job": "demo-1", "at": silent})
+    assert look.alive is None
+    assert "timed out" in look.text
