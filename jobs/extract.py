@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from jobs import spec
 from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ def order(root: str, recipe: Recipe, splits: list[Split]) -> str:
     from core.config import to_yaml
     from core.storage import open_store
 
-    content = json.dumps({"recipe": to_yaml(recipe), "splits": splits}).encode()
-    name = hashlib.sha256(content).hexdigest()[:16]
-    open_store(root).put(f"{ORDERS}/{name}.json", content)
+    content = {"recipe": to_yaml(recipe), "splits": splits}
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    stored = content | {"commit": spec.code().commit}
+    open_store(root).put(f"{ORDERS}/{name}.json", json.dumps(stored).encode())
     return name
 
 
@@ -56,6 +58,8 @@ def work(root: str, name: str) -> None:
     from core.storage import open_store
 
     content: dict[str, Any] = json.loads(open_store(root).get(f"{ORDERS}/{name}.json"))
+    if difference := spec.difference(content["commit"]):
+        _say(difference)
     recipe = from_yaml(content["recipe"])
     device = run.device(recipe)
     for each in run.works(recipe, root, content["splits"]):

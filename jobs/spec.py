@@ -54,6 +54,14 @@ def code(repository: Path = REPOSITORY) -> Code:
     return Code(commit.strip(), bool(_git(repository, "status", "--porcelain")))
 
 
+def difference(wanted: str) -> str:
+    """What to say where this is not the code of the commit that was submitted; nothing where that cannot be told."""
+    here = code().commit
+    if here == wanted or not wanted or "unknown" in (here, wanted):
+        return ""
+    return f"this is the code of {here}; what it works on was submitted with {wanted}"
+
+
 def require_clean(current: Code, allow_dirty: bool) -> None:
     """For launchers whose nodes do not see this working tree.  Raises UserError."""
     if current.dirty and not allow_dirty:

@@ -65,7 +65,7 @@ class OnCluster(Launcher):
         try:
             with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would ask these instead of the address
                 return Limited(self.address)
-        except _errors(ValueError) as error:
+        except _errors(ValueError, KeyError, TypeError) as error:  # or something else answers there
             self._client = NotReady(
                 f"RAY_ADDRESS: no Ray cluster answers at {self.address}: {_told(error)}; it is the address of the "
                 "dashboard, for example RAY_ADDRESS=http://127.0.0.1:8265"

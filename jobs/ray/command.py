@@ -25,9 +25,15 @@ def line(python: str, run: str, root: str, job: str, at: str, placement: Placeme
     return shlex.join(map(str, words))
 
 
-def workers(python: str, arguments: Sequence[str], count: int, each: Mapping[str, float], threads: int) -> str:
-    """One line of shell: starts so many tasks of `python ARGUMENTS`, each with what it takes of a node."""
-    own = ["--count", count, "--cpus", each["CPU"], "--gpus", each.get("GPU", 0), "--threads", threads]
+def workers(
+    python: str, arguments: Sequence[str], count: int, each: Mapping[str, float], threads: int, retried: bool = False
+) -> str:
+    """One line of shell: starts so many tasks of `python ARGUMENTS`, each with what it takes of a node.
+
+    retried: the job is started again when it fails.
+    """
+    own = ["--count", count, "--cpus", each["CPU"], "--gpus", each.get("GPU", 0), "--threads", threads,
+           *["--retried"] * retried]  # fmt: skip
     return shlex.join(map(str, [python, "-m", "jobs.ray.workers", *own, "--", *arguments]))
 
 

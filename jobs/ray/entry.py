@@ -88,9 +88,8 @@ class Entry:
 
     def _compare(self, last: Transition) -> None:
         """Say so when this is not the code that the run was submitted with: an image holds its own."""
-        here, there = spec.code().commit, self.run.handle(last).get("commit", "")
-        if here != "unknown" and there and there != here:
-            print(f"this is the code of {here}; the run was submitted with {there}", flush=True)
+        if difference := spec.difference(self.run.handle(last).get("commit", "")):
+            print(difference, flush=True)
 
     def _mine(self, last: Transition) -> bool:
         return bool(self.run.handle(last).get("job") == self.options.job)
@@ -166,10 +165,10 @@ class Entry:
             return OK
         return PREEMPTED if self._leaving.is_set() else self._failed()
 
-    def _failed(self) -> int:
+    def _failed(self, code: int = BUG) -> int:
         """Of Kubernetes, a job that fails gets a new cluster and another try; what can only fail again must not."""
         if not self.options.at.startswith(KUBERNETES):
-            return BUG
+            return code
         print("no further attempt: the job ends as done so that it is not tried again; make status has the truth")
         return OK
 
@@ -183,15 +182,17 @@ class Entry:
     def _after(self) -> int:
         """What is to be done on the run once it has succeeded, on a node that has what a rank has."""
         verbs = [verb for verb in self.options.after.split(",") if verb]
-        if not verbs:
-            return OK
+        worst = max(self._verbs(verbs), default=OK) if verbs else OK
+        return worst if worst in (OK, PREEMPTED) else self._failed(worst)
+
+    def _verbs(self, verbs: list[str]) -> list[int]:
+        """Their exit codes."""
         import ray
 
         ray.init(address="auto")
         each = demand(self.options.device, self.options.cpus)
         task = ray.remote(_verb).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_retries=3)
-        codes = [ray.get(task.remote(verb, self.run.id, self.run.root, self.options.threads)) for verb in verbs]
-        return max(codes, default=OK)
+        return [ray.get(task.remote(verb, self.run.id, self.run.root, self.options.threads)) for verb in verbs]
 
     def _patiently(self, action: Callable[[], T]) -> T:
         return tries.patiently(action, self._leaving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -63,10 +64,12 @@ class OnKubernetes(OnSite):
         name = manifest.job_name(f"{recipe.name}-workers-{uuid.uuid4().hex[:6]}")
         self.kube.create(manifest.crew(recipe, self.cluster, placement, count, name, arguments))
         each = command.told(demand(placement.device, self.cluster.cpus_per_task))
-        at = f"--namespace {self.kube.namespace}"
+        where = [f"--context={self.kube.context}"] * bool(self.kube.context) + [f"--namespace={self.kube.namespace}"]
+        kubectl = shlex.join(["kubectl", *where])
         return (
-            f"RayJob {name}: {count} workers of {each}; kubectl get rayjob {at} {name} shows how it is, "
-            f"kubectl logs {at} --follow job/{name} what they say, kubectl delete rayjob {at} {name} ends them"
+            f"RayJob {name}: {count} workers of {each}; {kubectl} get rayjob {name} shows how it is, "
+            f"{kubectl} logs --follow --tail=-1 --selector=job-name={name} what they say, "
+            f"{kubectl} delete rayjob {name} ends them"
         )
 
     def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:

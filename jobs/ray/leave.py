@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="jobs.ray.leave")
     parser.add_argument("--grace", type=float, required=True, help="seconds that they may take")
     options = parser.parse_args(arguments)
-    found = [one for module in OURS for one in process.running(module)]
+    found = list({one.pid: one for module in OURS for one in process.running(module)}.values())
     late = process.leave(found, signal.SIGTERM, options.grace)
     print(f"asked {len(found)} processes to save and leave; {late} had to be ended", flush=True)
     return 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TEMPLATE = REPOSITORY / "k8s" / "rayjob.yaml"
 NAME_MAX, LABEL_MAX = 47, 63  # the operator makes longer names from a RayJob's
 KUEUE = "kueue.x-k8s.io"
+RUN = "retort.dev/run"  # pods with this label may reach each other and the store (k8s/base/network.yaml)
 
 
 def job_name(run_id: str, attempt: int | None = None) -> str:
@@ -49,7 +50,7 @@ def documents(
     check(recipe, cluster, placement, root)
     line = command.line("python", run_id, root, name, at, placement, cluster.cpus_per_task, after=",".join(after))
     label = run_id if len(run_id) <= LABEL_MAX else _cut(run_id, LABEL_MAX, run_id)
-    return _documents(recipe, cluster, placement, name, line, {"retort.dev/run": label}, {"retort.dev/run": run_id})
+    return _documents(recipe, cluster, placement, name, line, {RUN: label}, {RUN: run_id})
 
 
 def crew(
@@ -60,8 +61,9 @@ def crew(
     Raises UserError.
     """
     own = replace(recipe, launch=replace(recipe.launch, deadline_h=0.0, min_ranks=1))  # the others are of a run
-    line = command.workers("python", arguments, count, demand(one.device, cluster.cpus_per_task), one.threads)
-    return _documents(own, cluster, filled(one, count, cluster.per_node), name, line, {}, {})
+    each = demand(one.device, cluster.cpus_per_task)
+    line = command.workers("python", arguments, count, each, one.threads, retried=True)
+    return _documents(own, cluster, filled(one, count, cluster.per_node), name, line, {RUN: name}, {})
 
 
 def _documents(
@@ -98,7 +100,7 @@ def render(documents: list[Document]) -> str:
     """The documents as a text for `kubectl apply`."""
     job = documents[0]["metadata"]
     about = (
-        f"# Trains {job['annotations']['retort.dev/run']}. Made from k8s/rayjob.yaml, a recipe and a cluster file.\n"
+        f"# Trains {job['annotations'][RUN]}. Made from k8s/rayjob.yaml, a recipe and a cluster file.\n"
         "# To submit it by hand: kubectl apply -f THIS_FILE; to be rid of it: kubectl delete -f THIS_FILE\n"
     )
     return about + str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000, explicit_start=True))

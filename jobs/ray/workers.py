@@ -2,7 +2,8 @@
 
 What runs on the head: one task for each worker, a process of `python ARGUMENTS` on whatever node has room. They share
 their work through the store, so one that is lost is simply started again.
-Exit codes: 0 when one has ended well, and so everything is done; else the worst of theirs.
+Exit codes: 0 when one has ended well, and so everything is done; else the worst of theirs. With --retried also 0 when
+all have failed by themselves: whoever starts the job again would hear the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from jobs.errors import BUG, OK, PREEMPTED
 from jobs.spec import REPOSITORY
 
 ASKED = 128 + signal.SIGTERM  # exit code of a worker that was asked to leave, as when its pod is evicted
+GOING_S = 120.0  # in which a node that has asked its workers to leave ends
 RETRIES = 3  # of a worker that was killed, or whose node was lost
 
 
@@ -32,18 +35,32 @@ def main(arguments: list[str]) -> int:
     options, words = _options(arguments[:cut]), arguments[cut + 1 :]
     import ray
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # with this process Ray ends its tasks
     ray.init(address="auto")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # Ray sets one of its own; it ends the tasks, too
     task = ray.remote(work).options(
         num_cpus=options.cpus, num_gpus=options.gpus, max_retries=RETRIES, retry_exceptions=[Killed]
     )
     codes = [_code(started) for started in [task.remote(words, options.threads) for _ in range(options.count)]]
     print(f"{codes.count(OK)} of {len(codes)} workers have ended well", flush=True)
-    return OK if OK in codes else max(codes, default=BUG)
+    return verdict(codes, options.retried)
+
+
+def verdict(codes: Sequence[int | None], retried: bool) -> int:
+    """Exit code of the job.  codes: of its workers; None of one that was lost for good."""
+    if OK in codes:
+        return OK
+    if retried and None not in codes:
+        print("all have failed by themselves: the job ends as done so that it is not tried again", flush=True)
+        return OK
+    return max((BUG if code is None else code for code in codes), default=BUG)
 
 
 def work(arguments: Sequence[str], threads: int) -> int:
-    """A task: one worker's process, which ends with the task.  Raises Killed."""
+    """A task: one worker's process, which ends with the task.  Raises Killed.
+
+    Where the process was asked to leave, its node is about to go. The task stays on it until then: at once, Ray would
+    start it again in the room that has just become free there.
+    """
     search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
     child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **own})
@@ -52,27 +69,30 @@ def work(arguments: Sequence[str], threads: int) -> int:
     finally:
         child.terminate()
     print(f"worker on {socket.gethostname()}: exit code {code}", flush=True)
+    if code == ASKED:
+        time.sleep(GOING_S)
     if code < 0 or code == ASKED:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else "asked to leave"
         raise Killed(f"worker on {socket.gethostname()}: {how}")
     return code
 
 
-def _code(started: Any) -> int:
-    """Exit code of a worker; that of a bug when it was lost for good."""
+def _code(started: Any) -> int | None:
+    """Exit code of a worker; None when it was lost for good."""
     import ray
 
     try:
         return int(ray.get(started))
     except ray.exceptions.RayError as error:
         print(f"a worker was lost for good: {str(error).splitlines()[-1]}", flush=True)
-        return BUG
+        return None
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="jobs.ray.workers")
     for name, kind in (("count", int), ("cpus", float), ("gpus", float), ("threads", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--retried", action="store_true")
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import spec
 from jobs.spec import Code, code
 
 
@@ -24,3 +25,11 @@ def test_a_repository_knows_better(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = code(tmp_path)
     assert len(found.commit) == 40
     assert str(found) == found.commit
+
+
+def test_another_commit_than_was_submitted_is_told_where_both_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "code", lambda: Code("aaa", False))
+    assert spec.difference("bbb") == "this is the code of aaa; what it works on was submitted with bbb"
+    assert not [wanted for wanted in ("aaa", "", "unknown") if spec.difference(wanted)]
+    monkeypatch.setattr(spec, "code", lambda: Code("unknown", False))
+    assert not spec.difference("bbb")

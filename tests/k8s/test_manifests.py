@@ -59,6 +59,11 @@ def test_a_manifest_follows_the_operator_s_schema(path: Path) -> None:
     assert schema.against_crd(read(path)[0]) == []
 
 
+@pytest.mark.usefixtures("crds")
+def test_a_rayjob_of_workers_follows_the_operator_s_schema() -> None:
+    assert schema.against_crd(golden.crew()[0]) == []
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_renders_and_nothing_is_wrong_with_it(overlay: Overlay, name: str) -> None:
     objects = overlay(name)
@@ -134,7 +139,7 @@ def test_network_policies_let_pods_of_runs_reach_each_other_and_nobody_else_reac
     ]  # fmt: skip
     out = policies["retort-runs"]["egress"]
     assert [[port["port"] for port in rule.get("ports", ())] for rule in out] == [[], [53, 53], [443]]
-    for pod in pods(read(golden.path("unic-l"))):
+    for pod in [*pods(read(golden.path("unic-l"))), *pods(golden.crew())]:
         assert "retort.dev/run" in pod["metadata"]["labels"]
 
 

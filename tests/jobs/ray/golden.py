@@ -6,8 +6,9 @@ from pathlib import Path
 
 from core.config import load, names
 from jobs import cluster
-from jobs.placement import spread
+from jobs.placement import Placement, spread
 from jobs.ray import manifest
+from jobs.ray.pods import Document
 
 FOLDER = Path(__file__).parent / "manifests"
 SITE = Path(__file__).parent / "cluster.yaml"
@@ -20,6 +21,12 @@ def text(name: str) -> str:
     return manifest.render(
         manifest.documents(recipe, site, placement, run, site.store, manifest.job_name(run), "kubernetes:gpu/distil")
     )
+
+
+def crew() -> list[Document]:
+    """Twelve workers of feature extraction on the same cluster."""
+    recipe, site = load("unic-l"), cluster.load(str(SITE))
+    return manifest.crew(recipe, site, Placement(1, "cuda", 3), 12, "unic-l-workers-0a1b2c", ["-m", "jobs.extract"])
 
 
 def path(name: str) -> Path:

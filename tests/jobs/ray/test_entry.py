@@ -138,6 +138,17 @@ def test_on_kubernetes_what_can_only_fail_again_gets_no_further_cluster(run: Run
     assert moves(run)[-1] == ("failed", 2)
 
 
+@pytest.mark.parametrize(("at", "code"), [("http://127.0.0.1:1", 2), ("kubernetes:/ml", 0)])
+def test_a_verb_that_failed_after_the_run_gets_no_further_cluster(
+    run: Run, monkeypatch: pytest.MonkeyPatch, at: str, code: int
+) -> None:
+    monkeypatch.setattr(Entry, "_verbs", lambda self, verbs: [0, 2])
+    made = job(run, "ok", at)
+    made.options.after = "export,eval"
+    assert made.work() == code
+    assert moves(run)[-1] == ("succeeded", 1)
+
+
 def test_a_job_leaves_the_attempt_of_another_alone(run: Run) -> None:
     run.move(State.QUEUED, 1, **OWN)
     made = job(run, "working")

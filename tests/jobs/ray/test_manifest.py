@@ -85,7 +85,7 @@ def test_the_manifest_of_a_recipe_is_the_golden_one(name: str) -> None:
 
 
 def test_the_manifest_of_workers_is_one_for_kubernetes() -> None:
-    made = manifest.crew(recipe(), SITE, Placement(1, "cuda", 3), 5, "demo-workers-0a1b2c", ["-m", "jobs.extract"])
+    made = golden.crew()
     assert [document["kind"] for document in made] == ["RayJob", "PodDisruptionBudget", "PodDisruptionBudget"]
     assert [finding for document in made for finding in schema.findings(document)] == []
 

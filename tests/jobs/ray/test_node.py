@@ -25,9 +25,8 @@ WORKER = "import time; print('ready', flush=True); time.sleep(60)"
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     """Stand-ins for ranks, found under a module's name of their own."""
     (tmp_path / "stand_in.py").write_text(WORKER)
-    for module in (node, leave):
-        monkeypatch.setattr(module, "WORKER", "stand_in")
-    monkeypatch.setattr(leave, "ENTRY", "stand_in_too")
+    monkeypatch.setattr(node, "WORKER", "stand_in")
+    monkeypatch.setattr(leave, "OURS", ("stand_in_too", "stand_in"))
     found = {}
     for name, run, number in (("old", "demo-1", "9"), ("new", "demo-1", "10"), ("newer", "demo-1", "11"),
                               ("other", "demo-2", "1")):  # fmt: skip

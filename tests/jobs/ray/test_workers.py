@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from core.config import load
 from jobs.cluster import Cluster
+from jobs.errors import BUG, OK
 from jobs.launchers.ray import Ray
 from jobs.placement import Placement
 from jobs.ray import workers
@@ -27,9 +29,23 @@ def test_a_worker_that_was_killed_is_told_apart_from_one_that_failed() -> None:
         workers.work(["-c", "import os; os.kill(os.getpid(), 9)"], 1)
 
 
-def test_a_worker_that_was_asked_to_leave_its_node_is_started_again_elsewhere() -> None:
+def test_a_worker_that_was_asked_to_leave_stays_until_its_node_goes_and_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     with pytest.raises(workers.Killed, match="asked to leave"):
         workers.work(["-c", "import signal, sys; sys.exit(128 + signal.SIGTERM)"], 1)
+    assert waits == [workers.GOING_S]
+
+
+@pytest.mark.parametrize(
+    ("codes", "retried", "code"),
+    [((0, 2), False, OK), ((2, 3), False, 3), ((2, None), False, 2), ((None,), False, BUG), ((), False, BUG),
+     ((2, 3), True, OK), ((2, None), True, 2), ((0, None), True, OK)],
+)  # fmt: skip
+def test_a_job_fails_where_another_try_may_do_better(codes: tuple[int | None, ...], retried: bool, code: int) -> None:
+    assert workers.verdict(codes, retried) == code
 
 
 def test_on_kubernetes_workers_are_a_rayjob_of_their_own(server: KubeServer, tiny_recipe: Path) -> None:
@@ -39,11 +55,11 @@ def test_on_kubernetes_workers_are_a_rayjob_of_their_own(server: KubeServer, tin
     said = Ray(cluster).workers(arguments, 5, recipe, Placement(1, "cuda", 3))
     [job], name = server.objects("rayjobs"), f"{recipe.name}-workers-"
     assert job["metadata"]["name"].startswith(name)
-    assert f"RayJob {job['metadata']['name']}: 5 workers of 6 CPUs and 1 GPU; kubectl get rayjob --namespace ml" in said
-    words = "--count 5 --cpus 6.0 --gpus 1.0 --threads 3 -- -m jobs.extract --order o1"
+    assert f"RayJob {job['metadata']['name']}: 5 workers of 6 CPUs and 1 GPU; kubectl" in said
+    assert f"kubectl --context=toy --namespace=ml delete rayjob {job['metadata']['name']}" in said
+    words = "--count 5 --cpus 6.0 --gpus 1.0 --threads 3 --retried -- -m jobs.extract --order o1"
     assert job["spec"]["entrypoint"] == f"python -m jobs.ray.workers {words}"
     assert "activeDeadlineSeconds" not in job["spec"], "the recipe's deadline is of the run"
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["rayStartParams"]["num-gpus"]) == (3, "2")
-    assert not [label for label in job["metadata"]["labels"] if label == "retort.dev/run"]
     assert len(server.objects("poddisruptionbudgets")) == 2
