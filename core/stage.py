@@ -100,6 +100,8 @@ class Stage:
         self.engine.train(False)
         for _ in range(-(-share // size)):  # as often on every rank: ZeRO-3 forwards are collective
             images, labels, index = next(batches, nothing)
+            if labels is not None:
+                nothing = images[:1], None, index[:1]  # one that can be read, also for companions
             count = 0 if labels is None else len(index)
             labels = torch.full_like(index, -1) if labels is None else labels
             extra = {k: v.to(device) for read in self.held_companions for k, v in read(0, 0, 0, index.numpy()).items()}

@@ -59,7 +59,7 @@ def _train_stages(own: Attempt, root: str) -> Outcome:
     for name in names[done:]:
         stage, start = build(recipe, name, step, root, comm, Reader(own.run, last) if last else None)
         if comm.rank == 0 and recipe.features != "off":
-            usage.note(own.run, name, stage.features)
+            usage.note(own.run, recipe, name, stage.features)
         outcome, step = _train_stage(own, stage, start)
         if outcome is not Outcome.FINISHED:
             return outcome

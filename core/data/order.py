@@ -34,6 +34,11 @@ class Order:
         self.per_stream = int(self.shard_sizes.sum()) // streams
         self._cache()
 
+    @property
+    def reach(self) -> int:
+        """Positions of a stream in an epoch."""
+        return self.per_stream
+
     def index(self, epoch: int, stream: int, positions: Ints) -> Ints:
         """Samples at `positions` (B,) of a stream, each in [0, per_stream): (B,) indices into the source."""
         positions = np.asarray(positions, np.int64)

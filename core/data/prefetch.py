@@ -24,7 +24,7 @@ def upcoming(order: Order, streams: range, epoch: int, position: int) -> Iterato
     """
     seen: set[int] = set()
     for number in (epoch, epoch + 1):
-        while position < order.per_stream:
+        while position < order.reach:
             parts = [order.shards(number, stream, position) for stream in streams]
             new = dict.fromkeys(sample for samples, _ in parts for sample in samples.tolist())
             yield [sample for sample in new if sample not in seen]

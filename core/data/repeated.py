@@ -56,6 +56,10 @@ class RepeatedOrder(Order):
         super().__init__(shard_sizes, seed, 1, block)
         self.of_epoch, self.repeats, self.length = streams, repeats, int(self.shard_sizes.sum())
 
+    @property
+    def reach(self) -> int:
+        return self.length // self.of_epoch
+
     def index(self, epoch: int, stream: int, positions: Ints) -> Ints:
         """Indices (B,) below length * repeats at `positions` (B,) of a stream."""
         places, copies = repeated(positions, stream, self.of_epoch, self.repeats)

@@ -45,7 +45,12 @@ def candidates(payload: str) -> list[str]:
         found = _sentences(value[0] if isinstance(value, list) and value else value)
     if not found or not all(isinstance(text, str) for text in found):
         raise CorruptText(f"no sentence in {payload[:80]!r}: give captions, caption, tags, class_name or plain text")
-    return [text.replace("[unused0]", "person") for text in found]
+    return [_whole(text).replace("[unused0]", "person") for text in found]
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON can spell (a cut "\\ud83d") and no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _sentences(value: Any) -> list[Any]:

@@ -28,7 +28,7 @@ class Rows:
 
     def __init__(self, found: FeatureSet, views: int, cache: ShardCache | None) -> None:
         """Raises FeatureError for damaged sets, StoreError."""
-        self.set, self._files = found.name, Files(found.store, cache)
+        self.set, self.uri, self._files = found.name, found.store.uri, Files(found.store, cache)
         self._ends = np.array(found.ends, np.int64)
         self._parts = [found.finished(view) for view in range(views)]
         self.layout = layout(found.about["codec"], found.about["outputs"]) | drawn(found.about)

@@ -148,9 +148,10 @@ def _cut(index: Ints, size: int) -> list[Ints]:
 
 
 def _stored(found: FeatureSource | None) -> StoreFeatures:
+    """All vectors that there are: what could not be read is passed over.  Raises DataError."""
     if not isinstance(found, StoreFeatures):
         raise DataError("sentences are chosen by stored vectors of images: this method reads none; take dime-fm-b32")
-    return found
+    return StoreFeatures(found.teacher, found.rows, gapless=True)
 
 
 def _names(address: str, root: str) -> list[str]:

@@ -65,6 +65,19 @@ class FeatureSet:
         """Of its folder in the feature store."""
         return fingerprint(self.about)[:16]
 
+    def begin(self) -> None:
+        """Write down what the set is; where that is done, do it again, so that nobody takes it for an old one.
+
+        Raises FeatureError, StoreError.
+        """
+        content = {"fingerprint": fingerprint(self.about), "about": self.about, "ends": self.ends}
+        data = json.dumps(content).encode()
+        if not self.store.put_if_absent(ABOUT, data):
+            there = _found(self.store, self.about)
+            if there is not None and there.ends != self.ends:
+                raise FeatureError(f"{self.store.uri}: another worker has begun other parts; start this one again")
+            self.store.put(ABOUT, data)
+
     def rows(self, part: int) -> range:
         return range(self.ends[part - 1] if part else 0, self.ends[part])
 
@@ -184,8 +197,11 @@ def file(view: int, number: int, part: Part) -> str:
 
 def find(root: str, about: About) -> FeatureSet | None:
     """The set of exactly these features; None without.  Raises FeatureError, StoreError."""
+    return _found(_store(root, about), about)
+
+
+def _found(store: Store, about: About) -> FeatureSet | None:
     name = fingerprint(about)
-    store = open_store(root).sub(f"{FOLDER}/{name[:16]}")
     try:
         content = json.loads(store.get(ABOUT))
         if content["fingerprint"] != name or fingerprint(content["about"]) != name:
@@ -205,15 +221,13 @@ def find(root: str, about: About) -> FeatureSet | None:
         raise FeatureError(f"{store.uri}/{ABOUT} is damaged; remove that folder and make the features again") from None
 
 
-def create(root: str, about: About, ends: Sequence[int]) -> FeatureSet:
-    """The set of these features, there now; how it is divided is settled by whoever comes first."""
-    name = fingerprint(about)
-    content = {"fingerprint": name, "about": about, "ends": list(ends)}
-    store = open_store(root).sub(f"{FOLDER}/{name[:16]}")
-    store.put_if_absent(ABOUT, json.dumps(content).encode())
-    found = find(root, about)
-    assert found is not None
-    return found
+def planned(root: str, about: About, ends: Sequence[int]) -> FeatureSet:
+    """The set of these features, be it there or to be begun; how it is divided is settled by whoever begins it."""
+    return find(root, about) or FeatureSet(_store(root, about), about, ends)
+
+
+def _store(root: str, about: About) -> Store:
+    return open_store(root).sub(f"{FOLDER}/{fingerprint(about)[:16]}")
 
 
 def nearest(root: str, about: About) -> tuple[str, list[str]] | None:

@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 class StoreFeatures(FeatureSource):
     """Vectors of one teacher in the feature store.
 
-    gapless: rows without a vector are not counted, and those behind them move up: sentences belong to no image.
+    gapless: rows without a vector are not counted, and those behind them move up, where nothing goes by rows.
     """
 
     def __init__(self, teacher: str, rows: Rows, gapless: bool) -> None:
@@ -42,6 +42,6 @@ class StoreFeatures(FeatureSource):
         if len(missing):
             raise FeatureError(
                 f"teacher {self.teacher}: no vector is stored for row {int(index[missing[0]])}, whose image could not "
-                "be read when vectors were made; has it been replaced since? make features RECIPE=... VERIFY=1"
+                f"be read when vectors were made; has it been replaced since? remove {self.rows.uri}, make them anew"
             )
         return {self.teacher: decode("cls", stored).numpy()}

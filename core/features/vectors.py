@@ -79,7 +79,7 @@ def plan(inputs: Inputs, split: Split, root: str) -> Work:
     clip, about = clip_of(inputs.clips), describe(inputs, split, root)
     texts = open_texts(inputs, root) if split == "texts" else None
     sizes = texts.sizes if texts is not None else _images(inputs, split).shard_sizes
-    made = {clip.name: sets.create(root, about, sets.division(sizes, 1, GLOBAL_ROWS))}
+    made = {clip.name: sets.planned(root, about, sets.division(sizes, 1, GLOBAL_ROWS))}
     if texts is not None:
         return SentenceWork(inputs, split, made, 1, clip, texts)
     return ImageWork(inputs, split, made, 1, clip)

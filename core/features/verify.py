@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from core.features.codec import FeatureError, decode
+from core.features.codec import FeatureError, decode, encode
 from core.features.rows import VIEW_BOX, Rows
 from core.features.sets import INDEX, FeatureSet, file
 from core.features.work import Chunk, Work
@@ -17,7 +17,7 @@ from core.methods.base import Outputs
 from core.storage import MissingObject
 
 SAMPLED = 4  # parts of which the first rows are computed again
-LEAST_COSINE = 0.999  # of a token with the same one of another device or version; 8 bits cost up to 0.0005
+LEAST_COSINE = 0.999  # of a token with the same one of another device or version, both as they are stored
 
 
 def verify(work: Work, teachers: dict[str, Outputs], device: torch.device, say: Callable[[str], None]) -> list[str]:
@@ -59,7 +59,7 @@ def _recompute(work: Work, teachers: dict[str, Outputs], device: torch.device, s
     worst = dict.fromkeys(work.sets, 1.0)
     for chunk in _first_chunks(work, sampled, device):
         for name, teacher in teachers.items():
-            worst[name] = min(worst[name], _cosine(chunk, stored[name], teacher))
+            worst[name] = min(worst[name], _cosine(chunk, stored[name], teacher, work.sets[name].about["codec"]))
     for name, cosine in worst.items():
         say(f"{work.split}: teacher {name}: rows computed again agree with a cosine of {cosine:.6f} at least")
         if cosine < LEAST_COSINE:
@@ -76,7 +76,7 @@ def _first_chunks(work: Work, items: list[str], device: torch.device) -> Iterato
 
 
 @torch.no_grad()
-def _cosine(chunk: Chunk, rows: Rows, teacher: Outputs) -> float:
+def _cosine(chunk: Chunk, rows: Rows, teacher: Outputs, codec: str) -> float:
     """The least over the tokens of readable rows."""
     keep = [i for i, row in enumerate(chunk.rows) if row not in chunk.bad]
     kept, _ = rows.read(chunk.view, np.array([chunk.rows[i] for i in keep]))
@@ -84,7 +84,7 @@ def _cosine(chunk: Chunk, rows: Rows, teacher: Outputs) -> float:
     least = 1.0
     for kind in ("cls", "patch"):
         if kind in kept and keep:
-            live = getattr(now, kind)[keep].float().cpu()
+            live = decode(kind, encode(codec, kind, getattr(now, kind)[keep].cpu()))
             least = min(least, float(F.cosine_similarity(decode(kind, kept), live, dim=-1).min()))
     if VIEW_BOX in kept and chunk.boxes is not None and not torch.equal(kept[VIEW_BOX], chunk.boxes[keep]):
         raise FeatureError(f"{chunk.rows}: crops are not those of the stored features; images have changed since")

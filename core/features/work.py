@@ -139,7 +139,7 @@ def plan(inputs: Inputs, split: Split, root: str) -> Work | None:
     repeats = recipe.data.repeats if split == "train" else 1
     ends = sets.division(source.shard_sizes, repeats, DENSE_ROWS if "patch" in inputs.method.reads() else GLOBAL_ROWS)
     assert ends[-1] == rows(source, recipe, split)
-    made = {name: sets.create(root, about, ends) for name, about in describe(inputs, split, root).items()}
+    made = {name: sets.planned(root, about, ends) for name, about in describe(inputs, split, root).items()}
     return Work(inputs, split, made, views)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -71,7 +72,7 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
         return choose(recipe, root, settings.select)
     print(stored(works))
     profile = f" PROFILE={settings.profile}" if settings.profile else ""
-    print(f"next: make submit RECIPE={recipe.name}{profile} {training(works)}")
+    print(f"next: make submit RECIPE={recipe.name}{profile} {training(works, settings)}")
     return OK
 
 
@@ -107,11 +108,13 @@ def stored(works: list[Work]) -> str:
     return "\n".join(f"{work.split}: {name}: {found}" for work in works for name, found in work.sets.items())
 
 
-def training(works: list[Work]) -> str:
+def training(works: list[Work], settings: Settings) -> str:
     """What a submission needs to use these features."""
     data = works[0].inputs.recipe.data
-    views = f" data.views={data.views}" if any(work.replays for work in works) else ""
-    return f'SET="features=require{views} data.codec={data.codec}"'
+    views = [f"data.views={data.views}"] if any(work.replays for work in works) else []
+    mode = "auto" if settings.split else "require"  # as other splits may not be there
+    words = [*settings.set, f"features={mode}", *views, f"data.codec={data.codec}"]
+    return f"SET={shlex.quote(' '.join(words))}"
 
 
 def wanted(settings: Settings) -> Recipe:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.storage import Entry, MissingObject, Store, open_store
 from jobs.errors import OK, UserError
 from jobs.extract import ORDERS
 from jobs.record import ENDED, ID, Run, State
 from jobs.settings import Settings
+
+if TYPE_CHECKING:
+    from core.features.usage import Note
 
 BROKEN_OFF_S = 86400.0  # uploads younger than this may still be going on
 
@@ -77,7 +80,7 @@ def _old_features(root: str, runs: list[Run], days: int) -> Iterator[Find]:
         if why := _undecided(run, noted):
             print(f"features stay: run {run.id} may need any of them: {why}")
             return
-        needed.update(name for names in noted.values() for name in names)
+        needed.update(name for note in noted.values() for name in note.sets)
     store, limit = open_store(root), time.time() - 86400 * days
     for name, group in groupby(store.list("features/"), _set_or_order):
         entries = list(group)
@@ -92,8 +95,9 @@ def _set_or_order(entry: Entry) -> str:
     return key if entry.key.startswith(f"{ORDERS}/") else key.partition("/")[0]
 
 
-def _undecided(run: Run, begun: Collection[str]) -> str:
-    """Why a run may yet come to need any features; nothing where what it reads is known.  begun: stages."""
+def _undecided(run: Run, noted: Mapping[str, Note]) -> str:
+    """Why a run may yet come to need any features; nothing where what it reads is known.  noted: by stage."""
+    from core.features import usage
     from core.merge import ConfigError
 
     if run.last().state is State.SUCCEEDED:
@@ -104,8 +108,9 @@ def _undecided(run: Run, begun: Collection[str]) -> str:
         return ""
     except ConfigError as error:
         return f"its recipe cannot be read ({error})"
+    begun = {name for name, note in noted.items() if note.recipe == usage.digest(recipe)}
     coming = [name for name in recipe.stage_names() if name not in begun and recipe.features != "off"]
-    return f"it has not begun its stage {coming[0]}" if coming else ""
+    return f"it has not begun its stage {coming[0]}, or not with its present recipe" if coming else ""
 
 
 def _folder(what: str, store: Store, entries: list[Entry]) -> Find:

@@ -164,6 +164,21 @@ def test_the_held_out_loss_is_the_mean_over_all_images_whatever_ranks_and_batche
         assert all(ok for _, ok in rank)
 
 
+def rows_asked_for(root: str, wanted: Recipe) -> list[int]:
+    """Of what is read beside held-out images."""
+    stage, asked = made(root, wanted), list[int]()
+    stage.held_companions.append(lambda epoch, micro, position, index: asked.extend(index.tolist()) or {})
+    stage.heldout()
+    return asked
+
+
+def test_nothing_is_read_beside_held_out_images_that_cannot_be_read(tmp_path: Path) -> None:
+    root = toy.store(tmp_path)
+    for asked in run_ranks(rows_asked_for, 2, root, with_held(pictures(root, 13, (0, 1)))):
+        assert asked
+        assert not {0, 1} & set(asked), "nor by a rank that has run out of images before the others"
+
+
 def without_dropping(root: str, wanted: Recipe) -> tuple[float, float]:
     """The held-out loss, and the mean of single images' losses in evaluation mode."""
     stage = made(root, wanted)

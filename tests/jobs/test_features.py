@@ -87,14 +87,19 @@ def test_a_dry_run_says_what_there_would_be_to_do(features: Command, root: str) 
     assert code == 0
     assert re.search(r"train at 32 px: 4 rows x 2 views of big: 0\.\d+ GB as fp8; 0 of 2 parts are there", out)
     assert out.endswith("nothing was stored (DRY=1)\n")
-    assert not [name for name in files(root) if name.endswith(".safetensors")]
+    assert not [name for name in files(root) if "features/" in name]
+
+
+def test_the_next_command_asks_for_what_was_stored(features: Command) -> None:
+    _, out, _ = features("--split", "train", "--set", "seed=3")
+    assert "next: make submit RECIPE=tiny SET='seed=3 features=auto data.views=1 data.codec=bf16'" in out
 
 
 def test_everything_is_stored_and_the_next_command_is_named(features: Command, root: str) -> None:
     code, out, said = features("--views", "2")
     assert code == 0, said
     assert re.search(rf"train: big: {root}/features/[0-9a-f]{{16}}", out)
-    assert 'next: make submit RECIPE=tiny SET="features=require data.views=2 data.codec=bf16"' in out
+    assert "next: make submit RECIPE=tiny SET='features=require data.views=2 data.codec=bf16'" in out
     before = files(root)
     assert len([name for name in before if name.endswith(".safetensors")]) == 2
     _, again, _ = features("--views", "2")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from core import commits
+from core.config import from_yaml
 from core.features import usage
 from core.storage import open_store
 from jobs import cli
@@ -140,8 +141,8 @@ def test_old_features_that_no_run_reads_go_when_asked_for(
     new_run: MakeRun, root: str, features: Callable[[], set[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = new_run(recipe=RECIPE)
-    usage.note(run.store, "first", ["read"])
-    usage.note(run.store, "second", [])
+    usage.note(run.store, from_yaml(RECIPE), "first", ["read"])
+    usage.note(run.store, from_yaml(RECIPE), "second", [])
     gc(root, capsys)
     assert features() == ALL, "features go only when asked for"
     said = gc(root, capsys, "--days", "30", "--dry")
@@ -157,15 +158,16 @@ def test_old_features_that_no_run_reads_go_when_asked_for(
 
 @pytest.mark.parametrize(
     ("recipe", "why"),
-    [(RECIPE, "it has not begun its stage second"), ("nonsense: 1", "its recipe cannot be read")],
-    ids=["begins", "unread"],
+    [(RECIPE, "it has not begun its stage second"), ("nonsense: 1", "its recipe cannot be read"),
+     (RECIPE.replace("auto", "require"), "it has not begun its stage first, or not with its present recipe")],
+    ids=["begins", "unread", "changed"],
 )
 def test_no_features_go_while_a_run_may_come_to_need_them(
     recipe: str, why: str,
     new_run: MakeRun, root: str, features: Callable[[], set[str]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     run = new_run(recipe=recipe)
-    usage.note(run.store, "first", ["read"])
+    usage.note(run.store, from_yaml(RECIPE), "first", ["read"])
     said = gc(root, capsys, "--days", "30")
     assert f"features stay: run {run.id} may need any of them: {why}" in said
     assert features() == ALL

@@ -58,6 +58,17 @@ def test_what_repeated_augmentation_reads_is_known_before() -> None:
             position = end
 
 
+@pytest.mark.parametrize(("streams", "repeats"), [(8, 3), (4, 4), (2, 3)])
+def test_an_epoch_of_repeated_augmentation_ends_where_its_images_do(streams: int, repeats: int) -> None:
+    order = RepeatedOrder(np.full(40, 25), 5, streams, 50, repeats)
+    epoch = np.arange(1000 // streams)
+    read = [np.concatenate([order.index(e, s, epoch) % 1000 // 25 for s in range(streams)]) for e in (0, 1)]
+    named = [sample // 25 for block in upcoming(order, range(streams), 0, 0) for sample in block]
+    assert len(named) == len(set(named))
+    assert set(named) >= set(np.concatenate(read).tolist())
+    assert len(named) <= len(np.unique(np.concatenate(read))) + 4, "no more than the rest of a block, of each epoch"
+
+
 def test_shards_are_named_once_in_the_order_of_need() -> None:
     order = Order(np.full(50, 10), 5, 2, 30)
     blocks = list(upcoming(order, range(2), 0, 100))

@@ -134,6 +134,11 @@ def test_draws_reach_every_sentence_of_a_payload() -> None:
     assert candidates('{"task": "classification", "class_name": "a, b+c"}')[-1] == "a b c."
 
 
+def test_half_a_character_in_a_sentence_is_replaced() -> None:
+    assert candidates('{"captions": ["cut \\ud83d", "whole \\ud83d\\ude00"]}') == ["cut \ufffd", "whole \U0001f600"]
+    assert candidates('"\\ude00 too"') == ["\ufffd too"]
+
+
 @pytest.mark.parametrize(
     "payload", ["null", "[]", "3", '{"captions": []}', '{"caption": null}', '{"tags": [1]}', '"my task"']
 )

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from core.cache import ShardCache
-from core.features import sets
 from core.features.codec import FeatureError
 from core.features.rows import Rows
 from core.features.sets import FeatureSet, file
+from tests.core.features.toy_features import begun
 
 ENDS = [8, 16, 20]
 ABOUT = {"rows": 20, "codec": "fp8", "outputs": {"cls": [4], "patch": [3, 4]}, "images": {"view": {}}, "data": "d",
@@ -23,7 +23,7 @@ ABOUT = {"rows": 20, "codec": "fp8", "outputs": {"cls": [4], "patch": [3, 4]}, "
 
 def filled(root: str, folder: Path) -> FeatureSet:
     """Two of three parts of one view: each number is the row's, part 1 has an unreadable image in its row 2."""
-    made = sets.create(root, ABOUT, ENDS)
+    made = begun(root, ABOUT, ENDS)
     for part, bad in ((0, []), (1, [2])):
         number = torch.tensor(made.rows(part)).float()
         save_file(
@@ -80,7 +80,7 @@ def test_rows_survive_a_pickle(found: FeatureSet, cache: ShardCache | None) -> N
 
 
 def test_a_bucket_s_parts_come_through_the_node_s_cache_once(bucket: str, tmp_path: Path) -> None:
-    made = sets.create(bucket, {**ABOUT, "codec": "fp32", "outputs": {"cls": [4]}, "images": {}}, ENDS)
+    made = begun(bucket, {**ABOUT, "codec": "fp32", "outputs": {"cls": [4]}, "images": {}}, ENDS)
     save_file({"cls": torch.arange(32.0).view(8, 4)}, tmp_path / "part")
     made.commit(0, 0, tmp_path / "part", [])
     cache = ShardCache(tmp_path / "cache", 1 << 20)
@@ -91,7 +91,7 @@ def test_a_bucket_s_parts_come_through_the_node_s_cache_once(bucket: str, tmp_pa
 
 
 def test_bytes_that_have_changed_are_not_taken_into_the_cache(bucket: str, tmp_path: Path) -> None:
-    made = sets.create(bucket, {**ABOUT, "codec": "fp32", "outputs": {"cls": [4]}, "images": {}}, ENDS)
+    made = begun(bucket, {**ABOUT, "codec": "fp32", "outputs": {"cls": [4]}, "images": {}}, ENDS)
     save_file({"cls": torch.arange(32.0).view(8, 4)}, tmp_path / "part")
     made.commit(0, 0, tmp_path / "part", [])
     name = file(0, 0, made.finished(0)[0])
@@ -102,7 +102,7 @@ def test_bytes_that_have_changed_are_not_taken_into_the_cache(bucket: str, tmp_p
 
 
 def test_a_file_of_other_tensors_is_refused(found: FeatureSet) -> None:
-    other = sets.create(found.store.uri + "/x", {**ABOUT, "outputs": {"cls": [5]}}, ENDS)
+    other = begun(found.store.uri + "/x", {**ABOUT, "outputs": {"cls": [5]}}, ENDS)
     for entry in list(found.store.list("view-0/")):
         other.store.put(entry.key, found.store.get(entry.key))
     with pytest.raises(FeatureError, match=r"part-000000-\w{8}\.safetensors: cls is F8_E4M3 \[8, 4\]: .*VERIFY=1"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_sentences_are_kept_that_are_among_the_nearest_of_an_image(
     found = grounded(Given(images), Given(texts), candidates, top, least, CPU, said.append, images_at_once=10)
     assert found.tolist() == nearest(images, texts, candidates, top, least)
     assert len(said) == 3
+
+
+def test_images_that_could_not_be_read_choose_nothing(root: str, tmp_path: Path) -> None:
+    works = fill(recipe(), root)
+    (images,) = works["train"].sets.values()
+    for name in ("view-0/part-000000.json", "view-0/index.json"):
+        told = json.loads(images.store.get(name))
+        told.get("0", told)["bad"] = [0, 2]
+        images.store.put(name, json.dumps(told).encode())
+    said: list[str] = []
+    select(recipe("require"), f"file://{tmp_path}/chosen", Rules(top=1, least=-1.0), root, CPU, said.append)
+    assert said[1].startswith("46 of 46 images have chosen")
 
 
 def test_chosen_sentences_and_prompts_become_a_folder_for_training(root: str, tmp_path: Path) -> None:

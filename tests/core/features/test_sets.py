@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from core.features.about import fingerprint
 from core.features.codec import FeatureError
 from core.features.sets import FeatureSet, division, file, key
 from core.storage import Store, open_store
+from tests.core.features.toy_features import begun
 
 ENDS = [8, 16, 20]
 
@@ -32,7 +34,7 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture
 def found(root: str) -> FeatureSet:
-    return sets.create(root, about(), ENDS)
+    return begun(root, about(), ENDS)
 
 
 def written(folder: Path, fill: float = 1.0, rows: int = 8) -> Path:
@@ -76,7 +78,7 @@ def test_a_part_has_whole_shards_or_lies_within_one_except_for_small_ones_before
 
 
 def test_of_two_workers_with_the_same_part_the_first_counts(store_uri: str, tmp_path: Path) -> None:
-    found = sets.create(store_uri, about(), ENDS)
+    found = begun(store_uri, about(), ENDS)
     assert found.commit(0, 1, written(tmp_path, 1.0), [])
     first = found.finished(0)[1]
     assert not found.commit(0, 1, written(tmp_path, 2.0), [3]), "rounded in another way, on another device"
@@ -97,7 +99,26 @@ def test_a_view_is_sealed_once_all_its_parts_are_there(found: FeatureSet, tmp_pa
 
 
 def test_the_division_is_that_of_whoever_comes_first(found: FeatureSet, root: str) -> None:
-    assert sets.create(root, about(), [20]).ends == ENDS
+    late = FeatureSet(found.store, about(), [20])  # planned before the other one began
+    assert begun(root, about(), [20]).ends == ENDS
+    with pytest.raises(FeatureError, match="another worker has begun other parts; start this one again"):
+        late.begin()
+
+
+def test_what_is_only_planned_leaves_nothing(root: str) -> None:
+    assert sets.planned(root, about(), ENDS).done(0) == set()
+    assert sets.find(root, about()) is None
+    assert sets.nearest(root, about()) is None
+
+
+def test_a_set_that_is_added_to_counts_as_new(found: FeatureSet, root: str, tmp_path: Path) -> None:
+    whole(found, tmp_path)
+    path = Path(found.store.uri.removeprefix("file://")) / "about.json"
+    os.utime(path, (0, 0))
+    sets.planned(root, about(), ENDS)
+    assert path.stat().st_mtime == 0
+    begun(root, about(), ENDS)
+    assert path.stat().st_mtime > 0
 
 
 def test_a_part_that_is_dropped_counts_no_longer(found: FeatureSet, tmp_path: Path) -> None:
@@ -179,8 +200,8 @@ def test_a_division_that_does_not_fit_the_rows_is_refused(found: FeatureSet, roo
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}"])
 def test_a_damaged_set_is_named_to_who_wants_it_and_passed_over_by_others(root: str, content: bytes) -> None:
-    sets.create(root, about(codec="bf16"), ENDS)
-    broken = sets.create(root, about(codec="int8"), ENDS)
+    begun(root, about(codec="bf16"), ENDS)
+    broken = begun(root, about(codec="int8"), ENDS)
     broken.store.put("about.json", content)
     with pytest.raises(FeatureError, match="is damaged"):
         sets.find(root, about(codec="int8"))
@@ -190,8 +211,8 @@ def test_a_damaged_set_is_named_to_who_wants_it_and_passed_over_by_others(root: 
 
 def test_the_nearest_set_is_of_the_same_model_and_differs_least(root: str) -> None:
     assert sets.nearest(root, about()) is None
-    sets.create(root, about(teacher={"model": "resnet", "weights": "w"}), ENDS)
+    begun(root, about(teacher={"model": "resnet", "weights": "w"}), ENDS)
     assert sets.nearest(root, about()) is None
-    sets.create(root, about(codec="int8", data="other"), ENDS)
-    sets.create(root, about(data="other"), ENDS)
+    begun(root, about(codec="int8", data="other"), ENDS)
+    begun(root, about(data="other"), ENDS)
     assert sets.nearest(root, about()) == (fingerprint(about(data="other")), ["data: other and d"])

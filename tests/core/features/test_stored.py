@@ -54,7 +54,9 @@ def test_what_is_required_and_not_there_is_refused_with_how_to_make_it(root: str
 
 
 def test_other_features_are_refused_with_both_fingerprints_and_what_differs(root: str) -> None:
-    own = fingerprint(planned(root, codec="bf16").sets["one"].about)[:16]
+    stored = planned(root, codec="bf16").sets["one"]
+    stored.begin()
+    own = fingerprint(stored.about)[:16]
     wanted = fingerprint(describe(opened(recipe(), root), "train", root)["one"])[:16]
     words = f"wanted are {wanted}, there are {own}, which differ in codec: bf16 and fp32: make features"
     with pytest.raises(FeatureError, match=words):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from core.config import from_yaml, to_yaml
+from core.features import sets
+from core.features.about import About
 from core.features.codec import decode
 from core.features.extract import extract
 from core.features.rows import Rows
 from core.features.run import store, works
+from core.features.sets import FeatureSet
 from core.features.work import Work
 from core.methods.base import Batch, Features
 from core.recipe import Recipe
@@ -50,6 +53,13 @@ class Pixels:
         flat = next(iter(batch.views.values())).flatten(1)
         patch = torch.stack([flat[:, i : i + self.width] for i in range(self.tokens)], 1)
         return Features(patch.mean(1), patch)
+
+
+def begun(root: str, about: About, ends: Sequence[int]) -> FeatureSet:
+    """A set that is there, without parts."""
+    found = sets.planned(root, about, ends)
+    found.begin()
+    return found
 
 
 def work_off(work: Work, root: str, teacher: Pixels | None = None) -> Pixels:
