@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from core.batches import clean_batch, on_device
 from core.checkpoint import Reader, restore
 from core.comm import Comm
 from core.config import ConfigError
-from core.data.loader import Companion, eval_batches, train_batches
+from core.data.loader import Companion, EvalBatch, eval_batches, train_batches
 from core.data.samples import MicroBatch
 from core.data.source import Source
 from core.engine import Engine
@@ -87,6 +88,14 @@ class Stage:
             self.engine.backward(loss)
             yield loss, report
 
+    @cached_property
+    def _any_heldout(self) -> EvalBatch:
+        """An image that can be read, for ranks that have run out of theirs; black where there is none."""
+        assert self.held is not None
+        side, row = self.settings.img_size, torch.zeros(1, dtype=torch.int64)
+        black = torch.zeros(1, 3, side, side, dtype=torch.uint8), row - 1, row
+        return next(eval_batches(self.held, side, 1, 0), black)
+
     @torch.no_grad()
     def heldout(self) -> float | None:
         """Mean loss over all held-out images: evaluation transform and mode, nothing dropped; None without images."""
@@ -95,15 +104,12 @@ class Stage:
         device, side, share = self.engine.device, self.settings.img_size, -(-len(self.held) // self.comm.world)
         size = min(self.settings.micro_batch, share)
         batches = eval_batches(self.held, side, size, 0, self.comm.rank, self.comm.world)
-        nothing = torch.zeros(1, 3, side, side, dtype=torch.uint8), None, torch.zeros(1, dtype=torch.int64)
         total = torch.zeros(2, device=device)  # losses of images, images
         self.engine.train(False)
         for _ in range(-(-share // size)):  # as often on every rank: ZeRO-3 forwards are collective
-            images, labels, index = next(batches, nothing)
-            if labels is not None:
-                nothing = images[:1], None, index[:1]  # one that can be read, also for companions
-            count = 0 if labels is None else len(index)
-            labels = torch.full_like(index, -1) if labels is None else labels
+            found = next(batches, None)
+            count = 0 if found is None else len(found[2])
+            images, labels, index = found or self._any_heldout
             extra = {k: v.to(device) for read in self.held_companions for k, v in read(0, 0, 0, index.numpy()).items()}
             loss, _ = self.loss(clean_batch(images, labels, index, self.method, self.recipe.seed, device, extra))
             total += torch.stack([loss.float() * count, loss.new_tensor(count, dtype=torch.float32)])

@@ -20,6 +20,7 @@ EXPECTED = (
     ("core.guard", "BadLossError", BUG),
     ("core.manifest", "CheckpointError", BUG),
 )
+FAULTS = {"DistError", "DistBackendError", "DistNetworkError", "AcceleratorError", "OutOfMemoryError"}  # torch's
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY")
 
 
@@ -60,12 +61,24 @@ def message(error: BaseException) -> str:
     return redact(str(error))
 
 
+def code_of(error: BaseException) -> int:
+    """Exit code of a process that works: those of devices and of connections to other ranks are the machine's."""
+    known = exit_code(error)
+    return known if known is not None else NOT_READY if _is_fault(error) else BUG
+
+
 def describe(error: BaseException) -> str:
-    """The message of an expected error, the traceback of a bug; without credentials."""
+    """The message of an expected error, the traceback of another; without credentials."""
     if exit_code(error) is not None:
         return f"error: {message(error)}"
-    lines = "".join(traceback.format_exception(error))
-    return f"{redact(lines)}This is a bug in Retort: please report it with the lines above."
+    fault = "The device failed, or the connection to another rank was lost: see the other ranks' logs."
+    what = fault if _is_fault(error) else "This is a bug in Retort: please report it with the lines above."
+    return f"{redact(''.join(traceback.format_exception(error)))}{what}"
+
+
+def _is_fault(error: BaseException) -> bool:
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # it has no class of its own
+    return gloo or bool(FAULTS & {kind.__name__ for kind in type(error).__mro__})
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jobs import spec
-from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
+from jobs.errors import OK, PREEMPTED, code_of, describe
 
 if TYPE_CHECKING:
     from core.features.about import Split
@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
         work(options.store, options.order)
     except Exception as error:
         print(describe(error), file=sys.stderr)
-        return exit_code(error) or BUG
+        return code_of(error)
     return OK
 
 
@@ -58,7 +58,7 @@ def work(root: str, name: str) -> None:
     from core.storage import open_store
 
     content: dict[str, Any] = json.loads(open_store(root).get(f"{ORDERS}/{name}.json"))
-    if difference := spec.difference(content["commit"]):
+    if difference := spec.difference(content.get("commit", "")):
         _say(difference)
     recipe = from_yaml(content["recipe"])
     device = run.device(recipe)

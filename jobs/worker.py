@@ -13,19 +13,17 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import ranks_env
-from jobs.errors import BUG, NOT_READY, OK, PREEMPTED, describe, exit_code, redact
+from jobs.errors import OK, PREEMPTED, code_of, describe
 
 if TYPE_CHECKING:
     from jobs.logkeeper import LogKeeper
 
 PR_SET_PDEATHSIG = 1
-FAULTS = {"DistError", "DistBackendError", "DistNetworkError", "AcceleratorError", "OutOfMemoryError"}  # torch's
 
 
 class Stop:
@@ -67,9 +65,8 @@ def main(arguments: list[str]) -> int:
         return work(options.run, options.store, options.attempt, stop)
     except Exception as error:
         sys.stdout.flush()
-        code = _code(error)
-        print(describe(error) if code == BUG or exit_code(error) else _fault(error), file=sys.stderr, flush=True)
-        return code
+        print(describe(error), file=sys.stderr, flush=True)
+        return code_of(error)
     finally:
         sys.stdout.flush()
         if keeper:
@@ -121,20 +118,6 @@ def _keeper(options: argparse.Namespace) -> LogKeeper:
 
     name = f"rank-{int(os.environ['RANK']):04d}.log"
     return LogKeeper(Run(options.store, options.run), Path(options.logs), names=name)
-
-
-def _code(error: Exception) -> int:
-    """Exit code of an error; those of devices and of the ranks' connections are the machine's."""
-    known = exit_code(error)
-    if known is not None:
-        return known
-    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)  # it has no class of its own
-    return NOT_READY if gloo or FAULTS & {kind.__name__ for kind in type(error).__mro__} else BUG
-
-
-def _fault(error: Exception) -> str:
-    lines = "".join(traceback.format_exception(error))
-    return f"{redact(lines)}The device failed, or the connection to another rank was lost: see the other ranks' logs."
 
 
 def _ignore(row: dict[str, Any]) -> None:

@@ -36,8 +36,6 @@ def extract(
     """Until everything is stored, whoever stores it; see `Claims`.  Raises FeatureError, DataError, StoreError."""
     together = hashlib.sha256("".join(fingerprint(s.about) for s in work.sets.values()).encode()).hexdigest()[:16]
     items, progress = work.items(), Progress(work, say)
-    for found in work.sets.values():
-        found.begin()
     with Claims(open_store(root).sub(f"{FOLDER}/work/{together}"), beat_s, lease_s) as claims:
         for taken in shared(items, claims, work.done, work.is_done, lambda: progress.add(0)):
             with Writer(work) as writer:

@@ -37,6 +37,8 @@ def _planned(inputs: Inputs, split: Split, root: str) -> Work | None:
 
 def store(work: Work, root: str, device: torch.device, say: Say) -> None:
     """Compute and write what is missing; returns when all is there.  Raises FeatureError, DataError, StoreError."""
+    for found in work.sets.values():
+        found.begin()
     if len(work.done()) < len(work.items()):
         extract(work, work.outputs(root, device), root, device, say)
     for found in work.sets.values():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from core.config import to_yaml
+from core.config import fingerprint
 from core.recipe import Recipe
 from core.storage import Store
 
@@ -15,21 +14,24 @@ FOLDER = "features"  # of a run
 
 
 class Note(NamedTuple):
-    recipe: str  # digest of what the stage began with
+    recipe: str  # fingerprint of what the stage began with
     sets: list[str]  # folders of the feature store
-
-
-def digest(recipe: Recipe) -> str:
-    """Of all that a recipe says."""
-    return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16]
 
 
 def note(run: Store, recipe: Recipe, stage: str, sets: Iterable[str]) -> None:
     """sets: folders of the feature store that the stage reads, perhaps none.  Raises StoreError."""
-    run.put(f"{FOLDER}/{stage}.json", json.dumps(Note(digest(recipe), sorted(sets))._asdict()).encode())
+    run.put(f"{FOLDER}/{stage}.json", json.dumps(Note(fingerprint(recipe), sorted(sets))._asdict()).encode())
 
 
 def noted(run: Store) -> dict[str, Note]:
     """By stage, of those that have begun.  Raises StoreError."""
     keys = [entry.key for entry in run.list(f"{FOLDER}/")]
-    return {key.removeprefix(f"{FOLDER}/").removesuffix(".json"): Note(**json.loads(run.get(key))) for key in keys}
+    return {key.removeprefix(f"{FOLDER}/").removesuffix(".json"): _note(run.get(key)) for key in keys}
+
+
+def _note(content: bytes) -> Note:
+    """Of a note that is damaged, one of no recipe."""
+    try:
+        return Note(**json.loads(content))
+    except (ValueError, TypeError):
+        return Note("", [])

@@ -40,7 +40,7 @@ def verdict(last: Transition, attempt: int, failure: Exit | None, quiet: bool) -
     if last.state == State.PREEMPTED:
         return Verdict(PREEMPTED, again=True)
     if failure:
-        return Verdict(BUG, may_pass(failure), State.FAILED)
+        return Verdict(BUG, may_pass(failure.code), State.FAILED)
     if quiet:
         return Verdict(BUG, False, State.FAILED, "the ranks ended before the run was finished")
     return Verdict(PREEMPTED, True, State.PREEMPTED, "asked to stop")
@@ -51,14 +51,14 @@ def is_failure(ended: Exit, stopped: bool) -> bool:
     return ended.code not in (OK, PREEMPTED) and not (stopped and -ended.code in STOP_SIGNALS)
 
 
-def may_pass(failure: Exit) -> bool:
+def may_pass(code: int) -> bool:
     """Whether another attempt may fare better: killed, hung, or store or device in trouble."""
-    return failure.code < 0 or failure.code in (HUNG, NOT_READY)
+    return code < 0 or code in (HUNG, NOT_READY)
 
 
 def order(ended: Exit) -> int:
     """A rank that was killed explains the errors of the others, and one that knows its trouble those of the rest."""
-    return 0 if ended.code < 0 else 1 if ended.code in (HUNG, NOT_READY) else 2
+    return 0 if ended.code < 0 else 1 if may_pass(ended.code) else 2
 
 
 def reason(failure: Exit, log: Path) -> str:

@@ -25,7 +25,7 @@ from core.storage import StoreError
 from jobs import spec
 from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
 from jobs.launchers import tries
-from jobs.launchers.ending import STOP_SIGNALS, Exit, Verdict, is_failure
+from jobs.launchers.ending import STOP_SIGNALS, Exit, Verdict, is_failure, may_pass
 from jobs.launchers.supervisor import Policy
 from jobs.placement import demand
 from jobs.ray import command
@@ -165,10 +165,10 @@ class Entry:
             return OK
         return PREEMPTED if self._leaving.is_set() else self._failed()
 
-    def _failed(self, code: int = BUG) -> int:
+    def _failed(self) -> int:
         """Of Kubernetes, a job that fails gets a new cluster and another try; what can only fail again must not."""
         if not self.options.at.startswith(KUBERNETES):
-            return code
+            return BUG
         print("no further attempt: the job ends as done so that it is not tried again; make status has the truth")
         return OK
 
@@ -182,17 +182,23 @@ class Entry:
     def _after(self) -> int:
         """What is to be done on the run once it has succeeded, on a node that has what a rank has."""
         verbs = [verb for verb in self.options.after.split(",") if verb]
-        worst = max(self._verbs(verbs), default=OK) if verbs else OK
-        return worst if worst in (OK, PREEMPTED) else self._failed(worst)
+        failed = {verb: code for verb, code in (self._verbs(verbs) if verbs else {}).items() if code != OK}
+        for verb, code in failed.items():
+            print(f"{verb} of {self.run.id} failed with exit code {code}: make {verb} RUN={self.run.id}", flush=True)
+        passing = [code for code in failed.values() if code == PREEMPTED or may_pass(code)]
+        if failed and not passing and self.options.at.startswith(KUBERNETES):
+            return OK  # as in `_failed`
+        return max(map(abs, passing or failed.values()), default=OK)
 
-    def _verbs(self, verbs: list[str]) -> list[int]:
-        """Their exit codes."""
+    def _verbs(self, verbs: list[str]) -> dict[str, int]:
+        """Their exit codes; negative: ended by that signal."""
         import ray
 
         ray.init(address="auto")
         each = demand(self.options.device, self.options.cpus)
         task = ray.remote(_verb).options(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_retries=3)
-        return [ray.get(task.remote(verb, self.run.id, self.run.root, self.options.threads)) for verb in verbs]
+        own = self.run.id, self.run.root, self.options.threads
+        return {verb: int(ray.get(task.remote(verb, *own))) for verb in verbs}
 
     def _patiently(self, action: Callable[[], T]) -> T:
         return tries.patiently(action, self._leaving)

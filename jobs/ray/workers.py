@@ -3,7 +3,7 @@
 What runs on the head: one task for each worker, a process of `python ARGUMENTS` on whatever node has room. They share
 their work through the store, so one that is lost is simply started again.
 Exit codes: 0 when one has ended well, and so everything is done; else the worst of theirs. With --retried also 0 when
-all have failed by themselves: whoever starts the job again would hear the same.
+all have failed of what does not pass: whoever starts the job again would hear the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.errors import BUG, OK, PREEMPTED
+from jobs.launchers.ending import may_pass
 from jobs.spec import REPOSITORY
 
 ASKED = 128 + signal.SIGTERM  # exit code of a worker that was asked to leave, as when its pod is evicted
@@ -49,8 +50,8 @@ def verdict(codes: Sequence[int | None], retried: bool) -> int:
     """Exit code of the job.  codes: of its workers; None of one that was lost for good."""
     if OK in codes:
         return OK
-    if retried and None not in codes:
-        print("all have failed by themselves: the job ends as done so that it is not tried again", flush=True)
+    if retried and codes and not any(code is None or code == PREEMPTED or may_pass(code) for code in codes):
+        print("what failed does not pass: the job ends as done so that it is not tried again", flush=True)
         return OK
     return max((BUG if code is None else code for code in codes), default=BUG)
 

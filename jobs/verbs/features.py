@@ -114,7 +114,7 @@ def training(works: list[Work], settings: Settings) -> str:
     views = [f"data.views={data.views}"] if any(work.replays for work in works) else []
     mode = "auto" if settings.split else "require"  # as other splits may not be there
     words = [*settings.set, f"features={mode}", *views, f"data.codec={data.codec}"]
-    return f"SET={shlex.quote(' '.join(words))}"
+    return f"SET={shlex.quote(shlex.join(words))}"
 
 
 def wanted(settings: Settings) -> Recipe:

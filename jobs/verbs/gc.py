@@ -97,7 +97,7 @@ def _set_or_order(entry: Entry) -> str:
 
 def _undecided(run: Run, noted: Mapping[str, Note]) -> str:
     """Why a run may yet come to need any features; nothing where what it reads is known.  noted: by stage."""
-    from core.features import usage
+    from core.config import fingerprint
     from core.merge import ConfigError
 
     if run.last().state is State.SUCCEEDED:
@@ -108,7 +108,7 @@ def _undecided(run: Run, noted: Mapping[str, Note]) -> str:
         return ""
     except ConfigError as error:
         return f"its recipe cannot be read ({error})"
-    begun = {name for name, note in noted.items() if note.recipe == usage.digest(recipe)}
+    begun = {name for name, note in noted.items() if note.recipe == fingerprint(recipe)}
     coming = [name for name in recipe.stage_names() if name not in begun and recipe.features != "off"]
     return f"it has not begun its stage {coming[0]}, or not with its present recipe" if coming else ""
 

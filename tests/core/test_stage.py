@@ -174,9 +174,10 @@ def rows_asked_for(root: str, wanted: Recipe) -> list[int]:
 
 def test_nothing_is_read_beside_held_out_images_that_cannot_be_read(tmp_path: Path) -> None:
     root = toy.store(tmp_path)
-    for asked in run_ranks(rows_asked_for, 2, root, with_held(pictures(root, 13, (0, 1)))):
-        assert asked
-        assert not {0, 1} & set(asked), "nor by a rank that has run out of images before the others"
+    for address in (pictures(root, 13, (0, 1)), pictures(root, 1, (0, 1))):
+        for asked in run_ranks(rows_asked_for, 2, root, with_held(address)):
+            assert asked
+            assert not {0, 1} & set(asked), "nor by a rank that has no images left, or never had any"
 
 
 def without_dropping(root: str, wanted: Recipe) -> tuple[float, float]:

@@ -65,6 +65,8 @@ def begun(root: str, about: About, ends: Sequence[int]) -> FeatureSet:
 def work_off(work: Work, root: str, teacher: Pixels | None = None) -> Pixels:
     """As one worker; returns the teacher, which knows what it has seen."""
     teacher = teacher or Pixels()
+    for found in work.sets.values():
+        found.begin()
     extract(work, dict.fromkeys(work.sets, teacher), root, CPU, print, **SHORT)
     return teacher
 

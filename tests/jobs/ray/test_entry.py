@@ -138,15 +138,19 @@ def test_on_kubernetes_what_can_only_fail_again_gets_no_further_cluster(run: Run
     assert moves(run)[-1] == ("failed", 2)
 
 
-@pytest.mark.parametrize(("at", "code"), [("http://127.0.0.1:1", 2), ("kubernetes:/ml", 0)])
-def test_a_verb_that_failed_after_the_run_gets_no_further_cluster(
-    run: Run, monkeypatch: pytest.MonkeyPatch, at: str, code: int
+@pytest.mark.parametrize(
+    ("at", "eval_", "code"),
+    [("http://127.0.0.1:1", 2, 2), ("kubernetes:/ml", 2, 0), ("kubernetes:/ml", 3, 3), ("kubernetes:/ml", -9, 9)],
+)
+def test_a_verb_that_failed_after_the_run_gets_a_further_cluster_where_that_may_help(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: str, eval_: int, code: int
 ) -> None:
-    monkeypatch.setattr(Entry, "_verbs", lambda self, verbs: [0, 2])
+    monkeypatch.setattr(Entry, "_verbs", lambda self, verbs: {"export": 0, "eval": eval_})
     made = job(run, "ok", at)
     made.options.after = "export,eval"
     assert made.work() == code
     assert moves(run)[-1] == ("succeeded", 1)
+    assert f"eval of {run.id} failed with exit code {eval_}: make eval RUN={run.id}" in capsys.readouterr().out
 
 
 def test_a_job_leaves_the_attempt_of_another_alone(run: Run) -> None:

@@ -42,7 +42,8 @@ def test_a_worker_that_was_asked_to_leave_stays_until_its_node_goes_and_is_start
 @pytest.mark.parametrize(
     ("codes", "retried", "code"),
     [((0, 2), False, OK), ((2, 3), False, 3), ((2, None), False, 2), ((None,), False, BUG), ((), False, BUG),
-     ((2, 3), True, OK), ((2, None), True, 2), ((0, None), True, OK)],
+     ((2, 1), True, OK), ((2, 3), True, 3), ((2, None), True, 2), ((75,), True, 75), ((), True, BUG),
+     ((0, None), True, OK)],
 )  # fmt: skip
 def test_a_job_fails_where_another_try_may_do_better(codes: tuple[int | None, ...], retried: bool, code: int) -> None:
     assert workers.verdict(codes, retried) == code
