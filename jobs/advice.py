@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jobs.placement import gpu_count
 from jobs.table import table
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def advise(recipe: Recipe, works: list[Work], root: str, site: Cluster) -> str:
     trained = [work for work in works if work.split == "train" and work.inputs.teachers]
     if not trained:
         return "training of this recipe computes no teacher outputs: what it needs is always stored"
-    read = read_rate(root)
+    read = read_rate(root) / max(gpu_count(), 1)  # devices of a machine read at once
     rows, verdicts = zip(*(_stage(recipe, work, root, read, site) for work in trained), strict=True)
     return "\n".join([table(HEAD, list(rows)), *verdicts])
 

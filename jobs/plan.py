@@ -50,7 +50,7 @@ def _samples(recipe: Recipe, root: str) -> tuple[int, bool]:
     try:
         return len(training_source(recipe.data, recipe.seed, root)), True
     except (ValueError, StoreError):
-        return IMAGENET, False
+        return round(IMAGENET * recipe.data.classes * recipe.data.share), False
 
 
 def _stage(recipe: Recipe, name: str, cost: StageCost, samples: int, gpu: str, gpus: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from core.data.source import SUFFIXES, CorruptImage, DataError, Raw, Source
 SUFFIX = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm",
 }  # fmt: skip
+LONGEST = 65500  # side of a JPEG that libjpeg writes
 _READERS = 4  # threads of a worker: one waits for the store while others decode
 
 
@@ -75,6 +76,8 @@ def converted(raw: Raw, short: int, quality: int) -> tuple[bytes, str]:
             return raw.data, SUFFIX[str(file_image.format)]
     if scale < 1:  # within 2 of 255 of Pillow's resize, in a quarter of its time
         size = (round(height * scale), round(width * scale))
+        if max(size) > LONGEST:
+            raise CorruptImage(f"{width} x {height} with {short} pixels across is longer than the {LONGEST} of a JPEG")
         pixels = interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=quality)

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional
 from core.data.source import CorruptImage as CorruptImage
 
 MAX_PIXELS = 1 << 27  # 134 million: 400 MB decoded; beyond it, one file could take down a node
+MAX_RATIO = 500  # a strip, whose short side is brought to some hundred pixels, would take gigabytes
 SHRINKS = (1, 2, 4, 8)  # that a JPEG decoder can do on the way
 # Only plain pixel formats: Pillow's list also holds ones that run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -26,7 +27,8 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
 
     least: pixels that are enough; above 0, a larger image may come at 1/2, 1/4 or 1/8 of its sides, with no fewer.
     Grey, palette, CMYK and 16-bit images are converted, alpha is dropped without compositing and EXIF orientation is
-    not applied, as is usual for ImageNet.  Raises CorruptImage: empty, truncated, not an image, above MAX_PIXELS.
+    not applied, as is usual for ImageNet.  Raises CorruptImage: empty, truncated, not an image, above MAX_PIXELS or
+    MAX_RATIO.
     """
     if not data:
         raise CorruptImage("empty file")
@@ -37,6 +39,8 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise CorruptImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            if not _is_usual(image.height, image.width):
+                raise CorruptImage(f"{image.width} x {image.height}: over {MAX_RATIO} times as long as wide")
             shrink = shrinking(image.width * image.height, least)
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 return _decode_jpeg(data) if shrink == 1 else _draft(image, shrink)
@@ -47,6 +51,10 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         raise CorruptImage(f"no image file of a known kind ({', '.join(FORMATS)})") from None
     except Exception as error:  # bad bytes make decoders raise anything: OSError, SyntaxError, struct.error ...
         raise CorruptImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _is_usual(height: int, width: int) -> bool:
+    return height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
 
 
 def shrinking(pixels: int, least: int) -> int:
@@ -86,7 +94,7 @@ def _plain_jpeg(data: bytes, least: int) -> torch.Tensor | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray", "RGB") or height * width > MAX_PIXELS:
+        if colours not in ("YCbCr", "Gray", "RGB") or not _is_usual(height, width):
             return None
         shrink = shrinking(height * width, least)
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))

@@ -18,6 +18,7 @@ from core.storage import MissingObject, Store
 
 PLAN, PARTS, PROBLEMS = "plan.json", "parts", "problems.jsonl"
 Json = dict[str, Any]
+Place = tuple[int, int]  # part, row in it
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Ledger:
         self.index = _json(store, "index.json")
         if self.index is not None:
             self._compare(self.index.get("made", {}), "holds shards already, made")
+        elif store.size(PLAN) is None and (other := next(store.list("shard-"), None)):
+            raise DataError(f"{store.uri}: holds {other.key}, which would be written over; choose another place")
         elif not store.put_if_absent(PLAN, json.dumps(plan).encode()):
             self._compare(_json(store, PLAN) or {}, "was begun")
         self.parts = 0 if self.index else sum(1 for _ in store.list(f"{PARTS}/"))
@@ -66,18 +69,27 @@ class Ledger:
         return dict(sorted(Counter(problem["kind"] for problem in problems).items()))
 
     def _duplicates(self) -> Iterator[Json]:
-        """Samples whose content came before.  Digests alone are held: 40 bytes a sample."""
-        first: dict[bytes, tuple[int, int]] = {}
+        """Samples whose content came before.  Digests are held, 40 bytes a sample, and names of what came again."""
+        again = self._again()
+        firsts, named = set(again.values()), dict[Place, tuple[str, int]]()
+        for number, part in enumerate(self._all() if again else ()):
+            for row, (key, _, label) in enumerate(part.samples):
+                if (number, row) in firsts:
+                    named[number, row] = key, label
+                elif (number, row) in again:
+                    of, other = named[again[number, row]]
+                    reason = "same content" if label == other else f"same content, labels {label} and {other}"
+                    yield {"kind": "duplicate", "key": key, "reason": reason, "of": of}
+
+    def _again(self) -> dict[Place, Place]:
+        """Where content comes again, and where it came first."""
+        first, again = dict[bytes, Place](), dict[Place, Place]()
         for number, part in enumerate(self._all()):
-            again = []
-            for row, (key, digest, label) in enumerate(part.samples):
+            for row, (_, digest, _) in enumerate(part.samples):
                 place = first.setdefault(bytes.fromhex(digest), (number, row))
                 if place != (number, row):
-                    again.append((key, label, place))
-            for key, label, (before, row) in again:
-                of, _, other = (part if before == number else self._read(before)).samples[row]
-                reason = "same content" if label == other else f"same content, labels {label} and {other}"
-                yield {"kind": "duplicate", "key": key, "reason": reason, "of": of}
+                    again[number, row] = place
+        return again
 
     def _all(self) -> Iterator[Part]:
         return (self._read(number) for number in range(self.parts))

@@ -13,8 +13,9 @@ from core.folder import FileStore
 from core.storage import Store, open_store
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
-_ORDERED = (".parquet", ".tar")
+_ORDERED = (".tar", ".parquet")  # of both, tars hold the images: parquet beside them is what their makers noted
 _GLANCE = 1000  # entries: a page of a listing
+_TOPS = 32  # more folders or files on top than there are words for splits
 
 
 def open_original(uri: str, split: str = "") -> Source:
@@ -40,16 +41,32 @@ def open_original(uri: str, split: str = "") -> Source:
                 return _open_files(store, suffix, split)
     if split:
         raise DataError(f"{uri}: no split {split!r}: neither a folder nor files of this name; correct SPLIT")
-    folders = {entry.key.partition("/")[0] for entry in glance if "/" in entry.key}
-    if not indexed and len(folders) > 1 and folders <= SPLITS:
+    if not indexed and len(folders := _split_folders(store)) > 1:
         raise _several(store, folders)
     return open_source(uri)
 
 
+def _split_folders(store: Store) -> set[str]:
+    """The folders on top if all of them are named like splits: found by leaps, as a listing may be very long."""
+    found, last = set[str](), ""
+    for _ in range(_TOPS):
+        entry = next(store.list(after=last), None)
+        if entry is None:
+            return found
+        folder, slash, _ = entry.key.partition("/")
+        if slash and folder not in SPLITS:
+            break
+        if slash:
+            found.add(folder)
+        last = f"{folder}0" if slash else entry.key  # "0" is what follows "/"
+    return set()
+
+
 def _open_files(store: Store, suffix: str, split: str) -> Source:
-    """The files whose names end like this."""
+    """The files whose names end like this, or the one that has this name."""
     every = find_tars(store) if suffix.endswith(".tar") else store.list()
-    files = [entry for entry in every if entry.key.endswith(suffix)]
+    one = suffix not in _ORDERED
+    files = [entry for entry in every if (entry.key == suffix if one else entry.key.endswith(suffix))]
     if not files:
         raise DataError(f"{store.uri}/{suffix}: no such file")
     found = {word for entry in files for word in _words(entry.key)} & (SPLITS | {split})

@@ -94,6 +94,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _holds_labels(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_integer(kind)) or _is_string(kind)
 
 

@@ -115,14 +115,16 @@ class ParquetSource(Source):
         if number not in self._opened:
             entry = self._entries[number]
             with self._whole(number):
-                file = pa.PythonFile(RangedFile(self._store, entry.key, entry.size), "r")
-                self._opened[number] = pq.ParquetFile(file)
+                self._files[number] = RangedFile(self._store, entry.key, entry.size)
+                self._opened[number] = pq.ParquetFile(pa.PythonFile(self._files[number], "r"), pre_buffer=False)
         return self._opened[number]
 
     @contextmanager
     def _whole(self, number: int) -> Iterator[None]:
+        """Reading of a file, one of hundreds: nothing but its footer is held afterwards.  Raises DataError."""
         try:
             yield
+            self._files[number].forget()
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{self._where(number)}: {str(error).splitlines()[0]}: no whole parquet file; bring it again, or "
@@ -136,10 +138,11 @@ class ParquetSource(Source):
         """Start with no open file, in a new process."""
         self._pid, self._lock = os.getpid(), threading.Lock()
         self._opened: dict[int, pq.ParquetFile] = {}
+        self._files: dict[int, RangedFile] = {}
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_pid", "_lock", "_opened", "_held")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_pid", "_lock", "_opened", "_files", "_held")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -24,6 +24,8 @@ class RangedFile(io.RawIOBase):
 
     def at(self, start: int, count: int) -> bytes:
         """Bytes [start, start + count), cut at the file's end."""
+        if start >= self._size:
+            return b""
         count = max(0, min(count, self._size - start))
         if start < self._start or start + count > self._start + len(self._held):
             near = 0 <= start - (self._start + len(self._held)) < self._jump
@@ -32,6 +34,10 @@ class RangedFile(io.RawIOBase):
             self._held = self._store.get_range(self._key, start, size)
             self._start = start
         return self._held[start - self._start : start - self._start + count]
+
+    def forget(self) -> None:
+        """Hold nothing of what was read."""
+        self._held = b""
 
     def readable(self) -> bool:
         return True

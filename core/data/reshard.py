@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -131,10 +131,12 @@ class Reshard:
 
 def _apart(samples: Iterable[Sample]) -> list[Sample]:
     """Samples of which no two share a key: readers would take them for one."""
-    seen, found = set[str](), list[Sample]()
+    seen, tried, found = set[str](), Counter[str](), list[Sample]()
     for sample in samples:
-        names = (f"{sample.key}-{n}" if n else sample.key for n in itertools.count())
-        key = next(name for name in names if name not in seen)
+        key = sample.key
+        while key in seen:
+            tried[sample.key] += 1
+            key = f"{sample.key}-{tried[sample.key]}"
         seen.add(key)
         found.append(sample._replace(key=key))
     return found

@@ -67,10 +67,13 @@ class Advice:
         saved = self.saved_hours()
         if self.images <= self.samples * self.views:
             return "recompute: training sees each stored view once at most"
+        measured = f"at the {self.rates.read / GB:,.2f} GB/s measured here for each device"
+        if saved <= 0 and 0 < self.rates.read < self.even_rate:
+            return f"recompute: {measured} reading is slower than teachers"
         if saved <= 0:
-            return f"recompute: at the {self.rates.read / GB:,.2f} GB/s measured here reading is slower than teachers"
+            return "recompute: making the features takes longer than training from them saves"
         if self.rates.read:
-            return f"store: saves {saved:,.3g} device hours at the {self.rates.read / GB:,.2f} GB/s measured here"
+            return f"store: saves {saved:,.3g} device hours {measured}"
         return (
             f"store if each device reads {self.even_rate / GB:,.2f} GB/s at least: saves up to {saved:,.3g} device "
             f"hours, all of them from {self.free_rate / GB:,.2f} GB/s"

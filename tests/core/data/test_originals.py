@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from core.data import originals
 from core.data.originals import open_original
 from core.data.source import DataError, FolderSource, open_source
 from core.data.tar_source import TarSource
@@ -31,6 +34,17 @@ def test_a_split_of_folders_is_chosen_by_name(store_uri: str) -> None:
         open_original(store_uri, "test")
 
 
+def test_a_split_is_asked_for_however_many_files_come_first(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(originals, "_GLANCE", 2)
+    store = open_store(store_uri)
+    for key in ("LICENSE", *(f"train/cat/{i}.jpg" for i in range(5)), "val/cat/3.jpg"):
+        store.put(key, jpeg(0))
+    with pytest.raises(DataError, match="holds the splits train, val; choose one: SPLIT=train"):
+        open_original(store_uri)
+    store.put("zebra/1.jpg", jpeg(0))
+    assert open_original(store_uri).classes == ["train", "val", "zebra"]
+
+
 def test_class_folders_are_no_splits(tmp_path: Path) -> None:
     for key in ("test/1.jpg", "cat/2.jpg"):
         FileStore(tmp_path).put(key, jpeg(0))
@@ -51,6 +65,20 @@ def test_a_split_of_files_is_chosen_by_the_words_of_their_names(tmp_path: Path) 
     assert len(open_original(f"{store.uri}/in1k-train-1.tar")) == 1
     with pytest.raises(DataError, match=r"other.tar: no such file"):
         open_original(f"{store.uri}/other.tar")
+
+
+def test_one_file_is_that_file_alone(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for count, name in enumerate(("1.tar", "11.tar", "more/1.tar"), 1):
+        store.put(name, labelled([jpeg(i) for i in range(count)]))
+    assert len(open_original(f"{store.uri}/1.tar")) == 1
+
+
+def test_tars_are_read_where_their_maker_has_left_tables_beside_them(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.put("00000.tar", labelled([jpeg(0)]))
+    pq.write_table(pa.table({"url": ["http://x"], "caption": ["x"]}), tmp_path / "00000.parquet")
+    assert isinstance(open_original(store.uri), TarSource)
 
 
 def test_shards_whose_writing_has_not_finished_are_no_tars_of_another_tool(tmp_path: Path) -> None:

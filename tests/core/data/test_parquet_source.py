@@ -72,6 +72,13 @@ def test_other_columns_are_found_by_name_and_type(tmp_path: Path) -> None:
     assert source.text(1) == ""
 
 
+def test_labels_of_a_dictionary_are_labels(tmp_path: Path) -> None:
+    types = {"image": IMAGE, "label": pa.dictionary(pa.int32(), pa.string())}
+    write(tmp_path / "a.parquet", {"image": pictures(3), "label": ["dog", "cat", "dog"]}, types)
+    source = open_original(f"file://{tmp_path}")
+    assert (source.classes, [source.label(i) for i in range(3)]) == (["cat", "dog"], [1, 0, 1])
+
+
 def test_missing_labels_and_texts_are_allowed(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"image": pictures(2), "label": [None, -1], "text": ["a", None]},
           {"image": IMAGE, "label": pa.int64(), "text": pa.string()})  # fmt: skip
@@ -135,4 +142,5 @@ def test_going_through_in_order_reads_every_row_group_once(tmp_path: Path) -> No
     store.asked = 0
     for i in range(14):
         source.read(i)
+    assert not any(file._held for file in source._files.values()), "nor is more held than a few row groups"
     assert store.asked < 1.2 * sum(entry.size for entry in store.list()) + 12 * LOCAL_PROBE

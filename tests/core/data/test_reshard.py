@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from core.data import reshard
+from core.data.originals import open_original
 from core.data.reshard import Reshard, Settings, mixed
 from core.data.source import ArraySource, DataError, Raw, Source, open_source
 from core.data.subset import Merged
 from core.folder import FileStore
 from core.storage import open_store
 from tests.core.data.images import encode, jpeg, pixels
+from tests.core.data.tars import labelled
 
 SMALL = Settings(shard_bytes=12_000)
 
@@ -198,6 +200,43 @@ def test_images_over_the_pixel_bound_are_left_out(tmp_path: Path, monkeypatch: p
     assert write(open_source(f"file://{tmp_path}/in"), tmp_path / "out")["problems"] == {"corrupt": 1}
     (line,) = (tmp_path / "out/problems.jsonl").read_text().splitlines()
     assert "40 x 40 pixels are more than 500" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "reason"),
+    [((1, 600), 0, "600 x 1: over 500 times as long as wide"),
+     ((5, 2000), 4, ""), ((300, 1600), 256, "1600 x 300 with 256 pixels across is longer than the 1000 of a JPEG")],
+)  # fmt: skip
+def test_strips_that_nothing_can_be_made_of_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], short: int, reason: str
+) -> None:
+    monkeypatch.setattr("core.data.convert.LONGEST", 1000 if short == 256 else 65500)
+    for name, (height, width) in (("usual", (20, 20)), ("strip", size)):
+        FileStore(tmp_path / "in").put(f"{name}.png", encode(pixels(0, height, width), "PNG"))
+    index = write(open_source(f"file://{tmp_path}/in"), tmp_path / "out", Settings(short=short))
+    assert index["problems"] == ({"corrupt": 1} if reason else {})
+    assert reason in (tmp_path / "out/problems.jsonl").read_text()
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for i in range(3):
+        store.put(f"shard-{i:06d}.tar", labelled([jpeg(i)]))
+    before = files(tmp_path)
+    source = open_original(f"file://{tmp_path}/shard-000000.tar")
+    with pytest.raises(DataError, match=r"holds shard-000000.tar, which would be written over; choose another place"):
+        write(source, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_copies_are_told_with_the_first_of_them_however_many_shards_apart(tmp_path: Path) -> None:
+    for i in range(12):
+        FileStore(tmp_path / "in").put(f"{i:02d}.jpg", jpeg(i % 4))
+    write(open_source(f"file://{tmp_path}/in"), tmp_path / "out", Settings(shard_bytes=3000))
+    found = [json.loads(line) for line in (tmp_path / "out/problems.jsonl").read_text().splitlines()]
+    assert len(found) == 8
+    assert all(int(each["key"][:2]) % 4 == int(each["of"][:2]) % 4 and each["key"] != each["of"] for each in found)
+    assert len({each["of"] for each in found}) == 4
 
 
 def test_samples_of_one_name_get_keys_of_their_own(tmp_path: Path) -> None:

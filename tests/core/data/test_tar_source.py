@@ -156,6 +156,12 @@ def test_a_tar_that_is_cut_short_is_named(store: FileStore, cut: int) -> None:
         opened(store, a=tar(("x.jpg", b"1" * 500), ("y.jpg", b"2" * 9000))[:cut])
 
 
+@pytest.mark.parametrize("cut", [6140, 6000, 2000])
+def test_a_tar_that_is_cut_within_what_is_passed_over_is_named(store: FileStore, cut: int) -> None:
+    with pytest.raises(DataError, match=r"set/a.tar: .*no whole tar; bring it again"):
+        opened(store, a=tar(("x.jpg", jpeg(0)[:500]), ("README.md", b"2" * 4600))[:cut])
+
+
 def test_a_tar_with_a_damaged_header_is_named(store: FileStore) -> None:
     data = bytearray(labelled([b"1" * 500, b"2" * 500]))
     data[2048 + 100] ^= 1

@@ -31,5 +31,8 @@ def test_below_the_even_rate_live_teachers_are_faster_and_above_the_free_rate_re
 def test_the_verdict_says_what_decides() -> None:
     assert advice().verdict().startswith("store if each device reads 0.20 GB/s at least: saves up to 1.96 device hours")
     assert advice(read=1e9).verdict().startswith("store: saves 1.96 device hours at the 1.00 GB/s measured here")
-    assert advice(read=1e8).verdict() == "recompute: at the 0.10 GB/s measured here reading is slower than teachers"
+    slow = "recompute: at the 0.10 GB/s measured here for each device reading is slower than teachers"
+    assert advice(read=1e8).verdict() == slow
+    dear = "recompute: making the features takes longer than training from them saves"
+    assert advice(read=2.01e8).verdict() == dear
     assert advice(images=72_000).verdict() == "recompute: training sees each stored view once at most"
