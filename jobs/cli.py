@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jobs.errors import BUG, UserError, describe, exit_code, nearest
+from jobs.errors import UserError, code_of, describe, nearest
 from jobs.settings import Settings, collect
 
 
@@ -146,5 +146,4 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         sys.stdout.flush()
         print(describe(error), file=sys.stderr)
-        code = exit_code(error)
-        return BUG if code is None else code
+        return code_of(error)

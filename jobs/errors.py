@@ -71,7 +71,7 @@ def describe(error: BaseException) -> str:
     """The message of an expected error, the traceback of another; without credentials."""
     if exit_code(error) is not None:
         return f"error: {message(error)}"
-    fault = "The device failed, or the connection to another rank was lost: see the other ranks' logs."
+    fault = "The device failed, or the connection to another rank was lost, whose log then says more."
     what = fault if _is_fault(error) else "This is a bug in Retort: please report it with the lines above."
     return f"{redact(''.join(traceback.format_exception(error)))}{what}"
 

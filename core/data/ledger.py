@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from core.data.source import DataError
@@ -43,7 +44,7 @@ class Ledger:
         self.index = _json(store, "index.json")
         if self.index is not None:
             self._compare(self.index.get("made", {}), "holds shards already, made")
-        elif store.size(PLAN) is None and (other := next(store.list("shard-"), None)):
+        elif store.size(PLAN) is None and (other := next(chain(store.list("shard-"), store.list(f"{PARTS}/")), None)):
             raise DataError(f"{store.uri}: holds {other.key}, which would be written over; choose another place")
         elif not store.put_if_absent(PLAN, json.dumps(plan).encode()):
             self._compare(_json(store, PLAN) or {}, "was begun")

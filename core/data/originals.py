@@ -13,9 +13,8 @@ from core.folder import FileStore
 from core.storage import Store, open_store
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
-_ORDERED = (".tar", ".parquet")  # of both, tars hold the images: parquet beside them is what their makers noted
+_ORDERED = (".parquet", ".tar")
 _GLANCE = 1000  # entries: a page of a listing
-_TOPS = 32  # more folders or files on top than there are words for splits
 
 
 def open_original(uri: str, split: str = "") -> Source:
@@ -36,9 +35,11 @@ def open_original(uri: str, split: str = "") -> Source:
     glance = list(islice(store.list(), _GLANCE))
     indexed = any(entry.key in ("index.json", "image.list") for entry in glance)
     if not indexed and not any(is_image(entry.key) for entry in glance):
-        for suffix in _ORDERED:
-            if any(entry.key.endswith(suffix) for entry in glance):
-                return _open_files(store, suffix, split)
+        found = [suffix for suffix in _ORDERED if any(entry.key.endswith(suffix) for entry in glance)]
+        if len(found) > 1:
+            return _open_either(store, split)
+        if found:
+            return _open_files(store, found[0], split)
     if split:
         raise DataError(f"{uri}: no split {split!r}: neither a folder nor files of this name; correct SPLIT")
     if not indexed and len(folders := _split_folders(store)) > 1:
@@ -49,17 +50,26 @@ def open_original(uri: str, split: str = "") -> Source:
 def _split_folders(store: Store) -> set[str]:
     """The folders on top if all of them are named like splits: found by leaps, as a listing may be very long."""
     found, last = set[str](), ""
-    for _ in range(_TOPS):
-        entry = next(store.list(after=last), None)
-        if entry is None:
+    while True:
+        behind = islice(store.list(after=last), _GLANCE)  # so many files on top are no folder of splits
+        folder = next((entry.key.partition("/")[0] for entry in behind if "/" in entry.key), "")
+        if not folder:
             return found
-        folder, slash, _ = entry.key.partition("/")
-        if slash and folder not in SPLITS:
-            break
-        if slash:
+        if not folder.startswith("."):  # what programs keep for themselves
             found.add(folder)
-        last = f"{folder}0" if slash else entry.key  # "0" is what follows "/"
-    return set()
+        if not found <= SPLITS:
+            return set()
+        last = f"{folder}0"  # "0" is what follows "/"
+
+
+def _open_either(store: Store, split: str) -> Source:
+    """Parquet files with images in them, else tars: beside these lie tables of what their makers noted."""
+    from core.data.parquet_columns import NoImages
+
+    try:
+        return _open_files(store, ".parquet", split)
+    except NoImages:
+        return _open_files(store, ".tar", split)
 
 
 def _open_files(store: Store, suffix: str, split: str) -> Source:

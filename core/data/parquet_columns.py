@@ -19,6 +19,10 @@ _TEXTS = ("caption", "captions", "text")
 _MOST_CLASSES = 1 << 20
 
 
+class NoImages(DataError):  # noqa: N818 - says what it is
+    """A table of something else."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Names; label and text are empty where there is none.  classes: empty where labels have no names."""
@@ -31,12 +35,12 @@ class Columns:
 
 
 def find_columns(schema: pa.Schema, where: str) -> Columns:
-    """Raises DataError without a column of images."""
+    """Raises NoImages without a column of images."""
     info = _notes(schema)
     features = info.get("features") or {}
     image = _choose(schema, features, "Image", _IMAGES, _holds_images)
     if not image:
-        raise DataError(f"{where}: none of the columns {', '.join(schema.names)} holds image files; give the files of "
+        raise NoImages(f"{where}: none of the columns {', '.join(schema.names)} holds image files; give the files of "
                         "a data set of images")  # fmt: skip
     label = _choose(schema, features, "ClassLabel", _LABELS, _holds_labels)
     text = _choose(schema, features, "", _TEXTS, _holds_texts)

@@ -95,7 +95,9 @@ class ParquetSource(Source):
                 number, own = self._groups[group]
                 names = [name for name in (self._columns.image, self._columns.text) if name]
                 with self._whole(number):
-                    self._held[group] = self._file(number).read_row_group(own, names, use_threads=False)
+                    file = self._file(number)
+                    self._files[number].at(*_extent(file.metadata.row_group(own), names))  # in one request
+                    self._held[group] = file.read_row_group(own, names, use_threads=False)
             self._held.move_to_end(group)
             if len(self._held) > _KEPT_GROUPS:
                 self._held.popitem(last=False)
@@ -147,3 +149,12 @@ class ParquetSource(Source):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _extent(group: pq.RowGroupMetaData, names: Sequence[str]) -> tuple[int, int]:
+    """Start and number of a row group's bytes from the first of these columns to the last."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
+    starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in wanted]
+    ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, wanted, strict=True)]
+    return min(starts), max(ends) - min(starts)

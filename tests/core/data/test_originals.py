@@ -37,7 +37,7 @@ def test_a_split_of_folders_is_chosen_by_name(store_uri: str) -> None:
 def test_a_split_is_asked_for_however_many_files_come_first(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(originals, "_GLANCE", 2)
     store = open_store(store_uri)
-    for key in ("LICENSE", *(f"train/cat/{i}.jpg" for i in range(5)), "val/cat/3.jpg"):
+    for key in (".cache/hub/x.json", "LICENSE", *(f"train/cat/{i}.jpg" for i in range(5)), "val/cat/3.jpg"):
         store.put(key, jpeg(0))
     with pytest.raises(DataError, match="holds the splits train, val; choose one: SPLIT=train"):
         open_original(store_uri)
@@ -79,6 +79,9 @@ def test_tars_are_read_where_their_maker_has_left_tables_beside_them(tmp_path: P
     store.put("00000.tar", labelled([jpeg(0)]))
     pq.write_table(pa.table({"url": ["http://x"], "caption": ["x"]}), tmp_path / "00000.parquet")
     assert isinstance(open_original(store.uri), TarSource)
+    published(tmp_path / "hub")
+    FileStore(tmp_path / "hub").put("samples.tar", labelled([jpeg(0)]))
+    assert len(open_original(f"file://{tmp_path}/hub")) == 14, "but parquet that holds the images"
 
 
 def test_shards_whose_writing_has_not_finished_are_no_tars_of_another_tool(tmp_path: Path) -> None:

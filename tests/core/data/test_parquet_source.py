@@ -13,7 +13,7 @@ import pytest
 
 from core.data.originals import open_original
 from core.data.parquet_source import ParquetSource
-from core.data.ranged_file import LOCAL_PROBE
+from core.data.ranged_file import JUMP, LOCAL_PROBE
 from core.data.sentences import sentence
 from core.data.source import DataError, Source
 from core.folder import FileStore
@@ -128,11 +128,26 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 class Counted(FileStore):
-    asked = 0  # bytes
+    asked = requests = 0  # bytes, calls
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
-        self.asked += size
+        self.asked, self.requests = self.asked + size, self.requests + 1
         return super().get_range(key, start, size)
+
+
+def test_a_row_group_of_a_bucket_is_one_request_for_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.data.ranged_file.LOCAL_PROBE", 0)
+    published(tmp_path)
+    store = Counted(tmp_path)
+    source = ParquetSource(store, list(store.list()))
+    for file in source._files.values():
+        file._jump = JUMP
+    asked, bytes_ = store.requests, store.asked
+    source.read(0)
+    assert store.requests == asked + 1
+    assert store.asked - bytes_ < sum(len(jpeg(i)) for i in range(3)) + 1000
 
 
 def test_going_through_in_order_reads_every_row_group_once(tmp_path: Path) -> None:

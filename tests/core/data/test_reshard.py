@@ -227,6 +227,9 @@ def test_what_is_there_already_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds shard-000000.tar, which would be written over; choose another place"):
         write(source, tmp_path)
     assert files(tmp_path) == before
+    FileStore(tmp_path / "out").put("parts/000000.json", b"{}")  # what rm leaves of one that was begun
+    with pytest.raises(DataError, match=r"holds parts/000000.json"):
+        write(source, tmp_path / "out")
 
 
 def test_copies_are_told_with_the_first_of_them_however_many_shards_apart(tmp_path: Path) -> None:
