@@ -77,7 +77,8 @@ def test_a_rayjob_of_workers_stores_what_is_wanted(
     own = {"KUBECONFIG": str(api.kubeconfig), "RETORT_CLUSTER": str(tmp_path / "ml.yaml")}
     site = Site(tmp_path, bucket, own)
     out = site.features("--launcher", "ray", "--nproc", "2", "--dirty")
-    job = re.search(r"RayJob (demo-workers-\w+): 2 workers of 1 CPU; kubectl get rayjob --namespace ml \1", out)
+    kubectl = "kubectl --context=toy --namespace=ml"
+    job = re.search(rf"RayJob (demo-workers-\w+): 2 workers of 1 CPU; {kubectl} get rayjob \1 ", out)
     assert job
     ended = lambda: api.objects("rayjobs")[0].get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed")  # noqa: E731
     wait_for("the RayJob's end", ended, 300, poll_s=1.0)
