@@ -37,10 +37,8 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         return plain
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise CorruptImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-            if not _is_usual(image.height, image.width):
-                raise CorruptImage(f"{image.width} x {image.height}: over {MAX_RATIO} times as long as wide")
+            if reason := _refused(image.height, image.width):
+                raise CorruptImage(reason)
             shrink = shrinking(image.width * image.height, least)
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 return _decode_jpeg(data) if shrink == 1 else _draft(image, shrink)
@@ -53,8 +51,12 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         raise CorruptImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
-def _is_usual(height: int, width: int) -> bool:
-    return height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
+def _refused(height: int, width: int) -> str:
+    """Why an image of this size is not decoded; nothing where it is."""
+    if height * width > MAX_PIXELS:
+        return f"{width} x {height} pixels are more than {MAX_PIXELS}"
+    strip = max(height, width) > MAX_RATIO * min(height, width)
+    return f"{width} x {height}: over {MAX_RATIO} times as long as wide" if strip else ""
 
 
 def shrinking(pixels: int, least: int) -> int:
@@ -94,7 +96,7 @@ def _plain_jpeg(data: bytes, least: int) -> torch.Tensor | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray", "RGB") or not _is_usual(height, width):
+        if colours not in ("YCbCr", "Gray", "RGB") or _refused(height, width):
             return None
         shrink = shrinking(height * width, least)
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.storage import StoreError
-from jobs.errors import BUG, NOT_READY, OK, PREEMPTED, describe, exit_code, redact
+from jobs.errors import NOT_READY, OK, PREEMPTED, code_of, describe, redact
 from jobs.launchers.ending import Exit, order
 from jobs.placement import allowed_ranks, demand, fits
 from jobs.ray import command, node
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     except (RayError, ConnectionError) as error:  # the controller of Ray Train or the head was lost, say
         failure, why = Exit(-1, NOT_READY), f"Ray: {said(error)}"
     except Exception as error:
-        failure, why = Exit(-1, exit_code(error) or BUG), describe(error)
+        failure, why = Exit(-1, code_of(error)), describe(error)
     if failure:
         Path(options.said).write_text(json.dumps({"rank": failure.rank, "code": failure.code, "why": why}))
     return OK

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from core.storage import StoreError
 from jobs import spec
-from jobs.errors import BUG, OK, PREEMPTED, describe, exit_code
+from jobs.errors import BUG, OK, PREEMPTED, code_of, describe
 from jobs.launchers import tries
 from jobs.launchers.ending import STOP_SIGNALS, Exit, Verdict, is_failure, may_pass
 from jobs.launchers.supervisor import Policy
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return entry.work()
     except Exception as error:
         print(describe(error), flush=True)
-        return exit_code(error) or BUG
+        return code_of(error)
 
 
 class Entry:

@@ -17,7 +17,7 @@ from typing import Any
 
 from core.storage import MissingObject, StoreError
 from jobs import inputs
-from jobs.errors import NOT_READY, OK, PREEMPTED, describe, exit_code, redact
+from jobs.errors import NOT_READY, OK, PREEMPTED, code_of, describe, redact
 from jobs.launchers import tries
 from jobs.launchers.ending import STOP_SIGNALS, Exit, is_failure, order, reason
 from jobs.logkeeper import LogKeeper
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         return end(run, job, Path(options.logs), Path(options.said), options.code, options.begun)
     except Exception as error:
         print(describe(error), file=sys.stderr, flush=True)
-        return exit_code(error) or 1
+        return code_of(error)
 
 
 def begin(run: Run, job: str, logs: Path) -> int:
