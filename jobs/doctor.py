@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -134,12 +135,18 @@ def scheduler(settings: Settings, recipe: Recipe | None, root: str) -> str:
 
 def collective(recipe: Recipe | None) -> str:
     """An all-reduce over this machine's GPUs, else between two processes on the CPU.  Raises RuntimeError."""
-    from jobs.launchers.ranks import Ranks
+    from jobs.launchers.fork_server import ForkServer
+    from jobs.launchers.ranks import Ranks, common_environment
 
     gpus = gpu_count() if recipe is None or recipe.launch.device != "cpu" else 0
     placement = Placement(gpus, "cuda", 1) if gpus else Placement(2, "cpu", 1)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks([sys.executable, "-m", "jobs.collective", placement.device], placement, Path(folder))
+    command = [sys.executable, "-m", "jobs.collective", placement.device]
+    preload, env = ["torch.distributed"], common_environment(placement)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(ForkServer(preload, env, Path(folder) / "imports.log")) as server,
+    ):
+        ranks = Ranks(server, command, placement, Path(folder))
         try:
             for _ in range(placement.ranks):
                 ended = ranks.next_exit(COLLECTIVE_S)

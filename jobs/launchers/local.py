@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
 WORKER = (sys.executable, "-m", "jobs.worker")
+PRELOAD = ("torch", "torch._dynamo", "timm", "deepspeed", "core.train", "jobs.heartbeat", "jobs.ranks_env")
 
 
 class Local(Launcher):
@@ -38,8 +39,9 @@ class Local(Launcher):
     shares_tree = True
     queues = False
 
-    def __init__(self, worker: Sequence[str] = WORKER) -> None:
-        self.worker = list(worker)
+    def __init__(self, worker: Sequence[str] = WORKER, preload: Sequence[str] = PRELOAD) -> None:
+        """worker: command of a rank, and what is imported once for all of them: none of it may touch a GPU."""
+        self.worker, self.preload = list(worker), preload
 
     def gpus(self) -> int:
         return gpu_count()
@@ -59,7 +61,7 @@ class Local(Launcher):
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NotReady(f"logs: {logs} cannot be made ({error.strerror}): work in a folder of your own") from None
-        child = _start_supervisor(run, attempt, placement, logs, self.worker)
+        child = self._start_supervisor(run, attempt, placement, logs)
         own = {**asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
         info = {**order.info, **own}
         assert child.stdin is not None
@@ -71,6 +73,18 @@ class Local(Launcher):
             run.write_recipe(to_yaml(order.recipe))
             pipe.write(json.dumps(info).encode())
         return True
+
+    def _start_supervisor(self, run: Run, attempt: int, placement: Placement, logs: Path) -> subprocess.Popen[bytes]:
+        """Start it waiting: it works when the run is its own, which its process number must be written down for."""
+        own = ["--run", run.id, "--store", run.root, "--attempt", str(attempt), "--logs", str(logs)]
+        place = ["--ranks", str(placement.ranks), "--device", placement.device, "--threads", str(placement.threads)]
+        own += [*place, "--preload", ",".join(self.preload), "--", *self.worker]
+        search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with (logs / "supervisor.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "jobs.launchers.local", *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True, env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         return crew.work(arguments, count, placement)
@@ -86,21 +100,6 @@ class Local(Launcher):
 LAUNCHER = Local()
 
 
-def _start_supervisor(
-    run: Run, attempt: int, placement: Placement, logs: Path, worker: list[str]
-) -> subprocess.Popen[bytes]:
-    """Start it waiting: it works when the run is its own, which its process number must be written down for."""
-    own = ["--run", run.id, "--store", run.root, "--attempt", str(attempt), "--logs", str(logs)]
-    place = ["--ranks", str(placement.ranks), "--device", placement.device, "--threads", str(placement.threads)]
-    search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (logs / "supervisor.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.launchers.local", *own, *place, "--", *worker],
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-
-
 def main(arguments: list[str]) -> int:
     """The supervisor process: waits to be told that the run is its own, then works on it."""
     cut = arguments.index("--")
@@ -113,7 +112,8 @@ def main(arguments: list[str]) -> int:
     launch = run.recipe().launch
     supervisor = Supervisor(
         run, Placement(options.ranks, options.device, options.threads), arguments[cut + 1 :], Path(options.logs), info,
-        policy=Policy.of(launch), stop_grace_s=launch.grace_s + SPARE_S,
+        preload=list(filter(None, options.preload.split(","))), policy=Policy.of(launch),
+        stop_grace_s=launch.grace_s + SPARE_S,
     )  # fmt: skip
     for signum in STOP_SIGNALS:
         signal.signal(signum, supervisor.stop)
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="jobs.launchers.local")
-    for name in ("run", "store", "device", "logs"):
+    for name in ("run", "store", "device", "logs", "preload"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("attempt", "ranks", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)

@@ -6,7 +6,6 @@ import os
 import queue
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.launchers.ending import Exit
+from jobs.launchers.fork_server import Forked, ForkServer
 from jobs.placement import Placement
 from jobs.spec import REPOSITORY
 
@@ -21,14 +21,15 @@ from jobs.spec import REPOSITORY
 class Ranks:
     """One process per rank; its standard output and error go to `folder`/rank-NNNN.log."""
 
-    def __init__(self, command: Sequence[str], placement: Placement, folder: Path) -> None:
+    def __init__(self, server: ForkServer, command: Sequence[str], placement: Placement, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._exits: queue.SimpleQueue[Exit] = queue.SimpleQueue()
+        self._processes: list[Forked] = []
         port = free_port()
-        environments = [rank_environment(rank, placement, port) for rank in range(placement.ranks)]
-        self._processes = [self._start(command, rank, environment) for rank, environment in enumerate(environments)]
-        for rank, child in enumerate(self._processes):
+        for rank in range(placement.ranks):
+            child = server.start(command, rank_environment(rank, placement, port), self.log(rank))
+            self._processes.append(child)
             threading.Thread(target=self._wait, args=(rank, child), daemon=True).start()
 
     def log(self, rank: int) -> Path:
@@ -50,50 +51,43 @@ class Ranks:
 
     def signal(self, signum: int) -> None:
         for child in self._processes:
-            child.send_signal(signum)
+            child.signal(signum)
 
     def kill(self) -> None:
         """End the ranks and what they started, at once."""
         for child in self._processes:
-            if child.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
 
     def end(self, grace_s: float) -> None:
         """Ask the ranks that are left to end, and make them after `grace_s`."""
         self.signal(signal.SIGTERM)
         limit = time.monotonic() + grace_s
         for child in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, limit - time.monotonic()))
+            child.wait(max(0.0, limit - time.monotonic()))
         self.kill()
 
-    def _start(self, command: Sequence[str], rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        with self.log(rank).open("ab") as log:
-            return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
-            )
-
-    def _wait(self, rank: int, child: subprocess.Popen[bytes]) -> None:
-        self._exits.put(Exit(rank, child.wait()))
+    def _wait(self, rank: int, child: Forked) -> None:
+        self._exits.put(Exit(rank, child.reap()))
 
 
-def rank_environment(rank: int, placement: Placement, port: int) -> dict[str, str]:
-    """Environment of one rank: this process's own and what torch.distributed reads."""
+def common_environment(placement: Placement) -> dict[str, str]:
+    """What all ranks see alike: this process's own environment and what is read while packages are imported."""
     search = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
         "WORLD_SIZE": placement.ranks,
         "LOCAL_WORLD_SIZE": placement.ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
         "OMP_NUM_THREADS": placement.threads,
+        "DS_ACCELERATOR": placement.device,  # or DeepSpeed would ask CUDA, behind which no process may be forked
         "PYTHONUNBUFFERED": 1,
         "PYTHONPATH": os.pathsep.join(search),
     }
-    cpu_only = {"DS_ACCELERATOR": "cpu"} if placement.device == "cpu" else {}
-    return {**os.environ, **{name: str(value) for name, value in own.items()}, **cpu_only}
+    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def rank_environment(rank: int, placement: Placement, port: int) -> dict[str, str]:
+    """Environment of one rank: what is common to all, and what torch.distributed reads."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**common_environment(placement), **{name: str(value) for name, value in own.items()}}
 
 
 def free_port() -> int:

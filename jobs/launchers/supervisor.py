@@ -11,14 +11,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.errors import OK
 from jobs.launchers.ending import Exit, is_failure, order, reason, verdict
-from jobs.launchers.ranks import Ranks
+from jobs.launchers.fork_server import ForkServer
+from jobs.launchers.ranks import Ranks, common_environment
 from jobs.launchers.tries import patiently
 from jobs.logkeeper import LogKeeper
 from jobs.placement import Placement
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LONGEST_PAUSE_S = 3600.0  # between attempts
+SPARE = 64  # bytes on a rank's command line for a longer attempt number
 ECHO_S = 0.5  # within which a rank's end is heard of by the others
 
 
@@ -56,15 +58,18 @@ class Policy:
 class Supervisor:
     """All attempts of one submission.
 
-    command: starts a rank; the run's id, store and attempt are appended.  grace_s: how long ranks may take to end
-    after another one failed.  stop_grace_s: how long they may take to save when they are asked to stop.
+    command: of a rank, which is forked from a process that has imported `preload`; the run's id, store and attempt are
+    appended.  grace_s: how long ranks may take to end after another one failed.  stop_grace_s: how long they may take
+    to save when they are asked to stop.
     """
 
     def __init__(
         self, run: Run, placement: Placement, command: Sequence[str], logs: Path, info: dict[str, Any], *,
-        policy: Policy = Policy(), flush_s: float = 30.0, grace_s: float = 10.0, stop_grace_s: float = 300.0,
+        preload: Sequence[str] = (), policy: Policy = Policy(), flush_s: float = 30.0, grace_s: float = 10.0,
+        stop_grace_s: float = 300.0,
     ) -> None:  # fmt: skip
         self.run, self.placement, self.command, self.logs, self.info = run, placement, list(command), logs, info
+        self.preload = preload
         self.policy, self.flush_s, self.grace_s, self.stop_grace_s = policy, flush_s, grace_s, stop_grace_s
         self._began = time.monotonic()
         self._asked: list[int] = []  # signals not passed on yet
@@ -78,11 +83,18 @@ class Supervisor:
 
     def work(self, attempt: int) -> int:
         """Run attempts until one ends the run or the policy allows no more; returns an exit code."""
-        for made in range(1, self.policy.attempts + 1):
-            code, again = self._attempt(attempt + made - 1)
-            if not again or made == self.policy.attempts or not self._queue(attempt + made, made):
-                break
+        self.logs.mkdir(parents=True, exist_ok=True)
+        env, log = common_environment(self.placement), self.logs / "imports.log"
+        with closing(ForkServer(self.preload, env, log, room=len(" ".join(self._start(attempt))) + SPARE)) as server:
+            for made in range(1, self.policy.attempts + 1):
+                code, again = self._attempt(attempt + made - 1, server)
+                if not again or made == self.policy.attempts or not self._queue(attempt + made, made):
+                    break
         return code
+
+    def _start(self, attempt: int) -> list[str]:
+        """The command of a rank."""
+        return [*self.command, "--run", self.run.id, "--store", self.run.root, "--attempt", str(attempt)]
 
     def _queue(self, attempt: int, made: int) -> bool:
         """Make the run the next attempt's, after a pause; False when it is not to be, or somebody else's by now."""
@@ -103,11 +115,10 @@ class Supervisor:
             return False
         return True
 
-    def _attempt(self, attempt: int) -> tuple[int, bool]:
+    def _attempt(self, attempt: int, server: ForkServer) -> tuple[int, bool]:
         """One attempt; returns its exit code, and whether another one is worth it."""
-        identity = ["--run", self.run.id, "--store", self.run.root, "--attempt", str(attempt)]
         folder = self.logs / f"attempt-{attempt:04d}"
-        ranks = Ranks([*self.command, *identity], self.placement, folder)
+        ranks = Ranks(server, self._start(attempt), self.placement, folder)
         keeper = LogKeeper(self.run, folder, self.flush_s)
         try:
             exits, failure = self._watch(ranks)

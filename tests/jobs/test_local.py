@@ -34,7 +34,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def submit(run: Run, recipe: Path, deed: str) -> Local:
-    launcher = Local(fake_worker(deed))
+    launcher = Local(fake_worker(deed), preload=())
     order = Order(run, load(str(recipe)), run.last().attempt + 1, {"commit": "abc"})
     assert launcher.submit([order], TWO) == [True]
     return launcher
@@ -84,7 +84,7 @@ def test_the_recipe_of_the_newest_attempt_is_the_one_in_the_record(new_run: Make
 def test_the_loser_of_two_submissions_starts_and_changes_nothing(new_run: MakeRun, tiny_recipe: Path) -> None:
     run = new_run(recipe="name: old\n")
     run.move(State.QUEUED, 1)
-    launcher = Local(fake_worker("ok"))
+    launcher = Local(fake_worker("ok"), preload=())
     assert launcher.submit([Order(run, load(str(tiny_recipe)), 1, {})], TWO) == [False]
     assert run.store.get("recipe.yaml") == b"name: old\n"
     assert Path(f".retort/logs/{run.id}/supervisor.log").read_text() == ""
