@@ -16,7 +16,7 @@ from jobs.errors import NotReady
 MEET_S = 300.0  # that ranks wait for each other at start
 REACH_S = 5.0  # per address of rank 0
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-NODE, NODES, START = "RETORT_NODE", "RETORT_NODES", "RETORT_START"  # this node's number, of how many, in which start
+NODE, START = "RETORT_NODE", "RETORT_START"  # this node's number, in which start
 NODELIST = "RETORT_NODELIST"  # for people
 SHOWN = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MASTER_PORT", *INTERFACES)
 
@@ -31,8 +31,7 @@ def from_scheduler(given: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": given.get("SLURM_STEP_NUM_TASKS", given.get("SLURM_NTASKS", "1")),
         "LOCAL_WORLD_SIZE": per_node.partition("(")[0],
         "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", given.get("SLURM_CPUS_PER_TASK", "1")),
-        NODE: given.get("SLURM_NODEID", "0"), NODES: given.get("SLURM_NNODES", "1"),
-        NODELIST: given.get("SLURM_JOB_NODELIST", ""),
+        NODE: given.get("SLURM_NODEID", "0"), NODELIST: given.get("SLURM_JOB_NODELIST", ""),
         START: "-".join(given.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")),
     }  # fmt: skip
 
@@ -64,7 +63,18 @@ def meet(run: Store, attempt: int) -> Any:
     if _several_nodes():  # ranks of one node need no network
         for name in INTERFACES:
             os.environ.setdefault(name, _interface(own))
+    if not os.environ.get(NODELIST):
+        _tell_hosts(store, rank, world)
     return store
+
+
+def _tell_hosts(store: Any, rank: int, world: int) -> None:
+    """Let rank 0 know the host of each, where no scheduler says it."""
+    store.set(f"host-{rank}", socket.gethostname())
+    if rank == 0:
+        keys = [f"host-{each}" for each in range(world)]
+        _wait(store, *keys)
+        os.environ[NODELIST] = ",".join(dict.fromkeys(store.get(key).decode() for key in keys))
 
 
 def _listen(run: Store, key: str, world: int) -> tuple[Any, str]:
@@ -113,7 +123,7 @@ def _reach(run: Store, key: str, world: int) -> tuple[Any, str]:
 
 
 def _several_nodes() -> bool:
-    return int(os.environ.get(NODES, "1")) > 1
+    return os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
 
 
 def _appear(run: Store, key: str) -> bytes:
@@ -125,11 +135,11 @@ def _appear(run: Store, key: str) -> bytes:
     return run.get(key)
 
 
-def _wait(store: Any, key: str) -> None:
+def _wait(store: Any, *keys: str) -> None:
     import datetime
 
     try:
-        store.wait([key], datetime.timedelta(seconds=MEET_S))
+        store.wait(list(keys), datetime.timedelta(seconds=MEET_S))
     except Exception as error:  # torch's own, which has no stable name
         raise NotReady(f"no rank of another node has reached rank 0 within {MEET_S:.0f} s: {error}") from None
 

@@ -112,16 +112,18 @@ def nodes() -> list[dict[str, float]]:
 def fit(about: dict[str, Any], ranks: int, each: dict[str, float]) -> tuple[Exit | None, str]:
     """Run the ranks to their end; returns what `train` does.  Raises NotStarted, RayError."""
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks are told through the run's record, and end this
     never = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
     with tempfile.TemporaryDirectory() as folder:  # checkpoints and metrics go to our store; this stays empty
-        trainer = TorchTrainer(
-            node.work, train_loop_config=about, torch_config=TorchConfig(backend="gloo"),
+        # Not a TorchTrainer: its processes would import torch and make a group that the ranks, which are further
+        # processes, have no use for.
+        trainer = DataParallelTrainer(
+            node.work, train_loop_config=about,
             scaling_config=ScalingConfig(num_workers=ranks, use_gpu="GPU" in each, resources_per_worker=each),
             run_config=RunConfig(name=f"{about['run']}-{about['start']}", storage_path=folder, failure_config=never),
         )  # fmt: skip

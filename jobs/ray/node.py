@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -64,24 +63,18 @@ def work(about: dict[str, Any]) -> None:
 def describe(about: dict[str, Any]) -> tuple[int, dict[str, str]]:
     """This worker's rank, and the environment of its process."""
     import ray.train
-    import torch.distributed as dist
 
     me = ray.train.get_context()
-    places: list[Any] = [None] * me.get_world_size()
-    dist.all_gather_object(places, (me.get_node_rank(), socket.gethostname()))  # over the group that Ray Train made
-    nodes = dict(sorted(places))
     own = {
         "RANK": me.get_world_rank(), "WORLD_SIZE": me.get_world_size(),
         "LOCAL_RANK": me.get_local_rank(), "LOCAL_WORLD_SIZE": me.get_local_world_size(),
-        ranks_env.NODE: me.get_node_rank(), ranks_env.NODES: len(nodes), ranks_env.START: about["start"],
-        ranks_env.NODELIST: ",".join(dict.fromkeys(nodes.values())),
+        ranks_env.NODE: me.get_node_rank(), ranks_env.START: about["start"],
         "OMP_NUM_THREADS": about["threads"], "PYTHONUNBUFFERED": 1,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        **({"DS_ACCELERATOR": "cpu"} if about["device"] == "cpu" else {}),
+        "DS_ACCELERATOR": about["device"],
     }  # fmt: skip
-    # Ray Train's own meeting point is for its workers; ranks meet as they do under SLURM (jobs.ranks_env.meet).
-    kept = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
-    return me.get_world_rank(), {**kept, **{name: str(value) for name, value in own.items()}}
+    # Nothing says where the ranks are to meet: they do so as under SLURM (jobs.ranks_env.meet).
+    return me.get_world_rank(), {**os.environ, **{name: str(value) for name, value in own.items()}}
 
 
 def start(about: dict[str, Any], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

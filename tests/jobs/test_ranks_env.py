@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,14 @@ dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world
 import torch
 value = torch.ones(1)
 dist.all_reduce(value)
-print(int(value), ranks_env.describe())
+print(int(value), ranks_env.describe(), "hosts", os.environ["RETORT_NODELIST"])
 dist.destroy_process_group()
 """
 
 
 def test_slurm_s_variables_become_torch_s() -> None:
     found = ranks_env.from_scheduler(SLURM)
-    ours = {"RETORT_NODE": "0", "RETORT_NODES": "1", "RETORT_NODELIST": "", "RETORT_START": "7-0-1"}
+    ours = {"RETORT_NODE": "0", "RETORT_NODELIST": "", "RETORT_START": "7-0-1"}
     torch = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "6"}
     assert found == {**torch, **ours}
     assert ranks_env.from_scheduler({**SLURM, "OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
@@ -53,7 +54,7 @@ def test_who_has_an_address_already_does_not_look_for_one(monkeypatch: pytest.Mo
 def test_ranks_meet_through_the_store_on_a_port_that_the_kernel_picks(tmp_path: Path) -> None:
     root = f"file://{tmp_path}/run"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "RANK"))}
-    two = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "1"}
+    two = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", MEET, root],
@@ -75,6 +76,7 @@ def test_ranks_meet_through_the_store_on_a_port_that_the_kernel_picks(tmp_path: 
         assert child.returncode == 0, error
         assert out.startswith(f"2 rank {rank} of 2 on ")
         assert "OMP_NUM_THREADS=6" in out
+        assert out.strip().endswith("hosts" if rank else f"hosts {socket.gethostname()}"), "no scheduler has said it"
     [entry] = open_store(root).list("rendezvous/")
     assert entry.key == "rendezvous/attempt-0001-7-0-1.json"
     about = json.loads(open_store(root).get(entry.key))
