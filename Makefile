@@ -12,10 +12,12 @@ VERBS := recipes teachers plan doctor submit status logs cancel resume shards fe
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-# Tests that need no server share the cores; those of servers and whole runs have the machine to themselves.
+# Tests share the cores. Those of a server or a cluster stay together in one process, beside others: they wait a lot.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+BESIDE := -n 3 --dist loadgroup
+PACKAGES := radosgw ceph-mon ceph-osd slurm-wlm munge slurmdbd mariadb-server iproute2 buildah mmdebstrap
 
-.PHONY: help setup demo test test-fast test-image lint bench $(VERBS)
+.PHONY: help setup demo test test-system soak packages lint bench $(VERBS)
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,14 +30,20 @@ demo:  ## the whole journey on this machine, in minutes
 	@"$$PYTHON" jobs/bootstrap.py demo
 	@.venv/bin/python -m jobs demo
 
-test: setup  ## the whole test suite
-	@.venv/bin/python -m pytest $(PARALLEL) --ignore tests/system && .venv/bin/python -m pytest tests/system
-
-test-fast: setup  ## the tests that need no server and no whole run
+test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes
 	@.venv/bin/python -m pytest $(PARALLEL) --ignore tests/system
+	@echo "left out: whole runs with a real S3 server, SLURM, Ray and the image: make test-system (root, and the packages of make packages)"
 
-test-image: setup  ## the image alone, built for real without torch: needs root, buildah and mmdebstrap
-	@.venv/bin/python -m pytest tests/system/test_image.py
+test-system: setup  ## whole runs, a real S3 server, SLURM, Ray, the image, faults: needs root and `make packages`
+	@.venv/bin/python -m pytest $(BESIDE) tests/system
+	@echo "left out: random interruptions for as long as asked, and whole matrices: make soak"
+
+soak: setup  ## random interruptions [RUNS=20 SEED=1], then all of which make test-system runs a covering part
+	@.venv/bin/python -m tests.system.soak --runs "$${RUNS:-20}" --seed "$${SEED:-1}"
+	@.venv/bin/python -m pytest tests/system -m soak
+
+packages:  ## the Debian packages that make test-system needs: apt-get install -y --no-install-recommends $$(make packages)
+	@echo $(PACKAGES)
 
 lint: setup  ## ruff, mypy and hadolint
 	@.venv/bin/ruff check .

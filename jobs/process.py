@@ -53,8 +53,9 @@ def running(module: str, *words: str) -> list[Process]:
     found = []
     for each in psutil.process_iter(["uids", "cmdline", "status"]):
         line = each.info["cmdline"] or []
+        program = line[line.index("-m") :] if "-m" in line else []  # its words may name further programs
         ours = each.info["uids"] and each.info["uids"].real == os.getuid() and each.info["status"] != "zombie"
-        if ours and _within(["-m", module], line) and _within(list(words), line):
+        if ours and program[:2] == ["-m", module] and _within(list(words), program):
             found.append(each)
     return found
 

@@ -22,6 +22,7 @@ import pytest
 
 from tests.faults import FaultyProxy
 
+pytest_plugins = ["tests.durations"]
 TOOLS = Path(__file__).parent / "tools"
 
 # ---- stores

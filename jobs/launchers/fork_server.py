@@ -84,13 +84,14 @@ class ForkServer:
             )
             self._channel = ours.makefile("rw")
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> Forked:
+    def start(self, command: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path | None = None) -> Forked:
         """Start `python -m MODULE ...` or `python FILE ...` with its own environment, log, and process group.
 
-        Waits until the imports are done; a server that was killed is replaced.  Raises OSError when nothing can be
-        forked.
+        cwd: its folder, else this process's.  Waits until the imports are done; a server that was killed is replaced.
+        Raises OSError when nothing can be forked.
         """
-        order = json.dumps({"command": list(command), "env": dict(env), "log": str(log)})
+        folder = str(cwd or Path.cwd())
+        order = json.dumps({"command": list(command), "env": dict(env), "log": str(log.absolute()), "cwd": folder})
         answer = self._ask(order)
         if not answer:
             self._end()
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> int:
         else:
             if pid == 0:
                 channel.close()
-                _become(program["command"], program["env"])
+                _become(program["command"], program["env"], program["cwd"])
                 return 0
             answer = {"pid": pid}
         channel.write(json.dumps(answer) + "\n")
@@ -194,8 +195,9 @@ def _redirect(log: str) -> None:
     os.close(out)
 
 
-def _become(command: list[str], env: dict[str, str]) -> None:
+def _become(command: list[str], env: dict[str, str], cwd: str) -> None:
     """Run a program in this process as if Python had been started with it."""
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     atexit.register(gc.unfreeze)  # or packages would find at the end that their objects are still there, and say so
@@ -204,6 +206,8 @@ def _become(command: list[str], env: dict[str, str]) -> None:
         os.execvpe(command[0], command, env)
     _show(command)
     _, *words = command
+    if not sys.flags.safe_path:  # Python looks first where it was started, or where the program lies
+        sys.path[0] = cwd if words[0] == "-m" else str(Path(words[0]).parent.absolute())
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -36,6 +36,7 @@ def command(capsys: pytest.CaptureFixture[str], root: str) -> Command:
 @pytest.fixture
 def ranks_do(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """What the ranks of runs submitted from here on do."""
+    monkeypatch.setattr(local.LAUNCHER, "preload", ())
     return lambda deed: monkeypatch.setattr(local.LAUNCHER, "worker", fake_worker(deed))
 
 

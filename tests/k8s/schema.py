@@ -20,6 +20,7 @@ from jobs.errors import nearest
 from tests.k8s.rules import rules
 
 CRDS = Path(os.environ.get("RETORT_CRDS") or Path(__file__).parents[3] / "shared" / "crds")
+MISSING = f"no CRD schemas in {CRDS}: set RETORT_CRDS to a folder with those of KubeRay and Kueue"
 GROUPS = ("ray.io/", "kueue.x-k8s.io/")
 TEMPLATES = ("template", "submitterPodTemplate")  # fields that hold a pod
 TYPES = {"string": str, "integer": int, "boolean": bool, "number": (int, float), "object": dict, "array": list}

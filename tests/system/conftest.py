@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import Shell
 from tests.conftest import S3Server
 from tests.kube_server import KubeServer
-from tests.system.cli import Shell
 from tests.system.ray_cluster import RayCluster
-from tests.system.toy_run import LONG, SMOKE, losses
+from tests.toy_run import LONG, SMOKE, losses
 
 PODS = """
 image: registry.example.org/retort:test

@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from tests.cli import REPOSITORY
 from tests.kube_server import KubeServer
-from tests.system.cli import REPOSITORY
 from tests.system.ray_cluster import RAY, RayCluster
 
 ENDED = {"SUCCEEDED": "Complete", "FAILED": "Failed", "STOPPED": "Failed"}

@@ -15,7 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 
-from tests.system.cli import wait_for
+from tests.cli import wait_for
 
 RAY = Path(sys.executable).with_name("ray")
 

@@ -25,10 +25,10 @@ from core.salvage import begin
 from core.snapshot import Piece
 from core.spool import Spool
 from core.storage import Store, open_store
+from tests.cli import wait_for
 from tests.faults import Exchange, FaultyProxy
 from tests.ranks import Ranks, run_ranks
 from tests.system.attempts import Attempt, losses, prepared, recipe_of, run
-from tests.system.cli import wait_for
 
 pytestmark = pytest.mark.system
 CPU = torch.device("cpu")

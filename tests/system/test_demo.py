@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.cli import Shell
+from tests.cli import Shell
 
 pytestmark = pytest.mark.system
 

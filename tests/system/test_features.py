@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from core.storage import open_store
+from tests.cli import Shell, wait_for
 from tests.conftest import Slurm
 from tests.kube_server import KubeServer
-from tests.system.cli import Shell, wait_for
 from tests.system.operator import Operator
 from tests.system.ray_cluster import RayCluster
-from tests.system.toy_run import RANDOM
+from tests.toy_run import RANDOM
 
 pytestmark = pytest.mark.system
 VIEWS = 4

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from jobs import spec
-from tests.system.cli import REPOSITORY, Shell
+from tests.cli import REPOSITORY, Shell
 
 pytestmark = pytest.mark.system
 

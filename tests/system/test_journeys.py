@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from PIL import Image
 
 from core.metrics import read_metrics
 from core.storage import open_store
+from jobs import process
 from jobs.record import Run, State
-from tests.system.cli import Shell, run_id, wait_for
+from tests.cli import Shell, Started, run_id, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -32,16 +32,7 @@ def _losses(store: str, run: str) -> dict[int, float]:
 
 def _processes(run: str) -> list[int]:
     """Ranks of a run on this machine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"jobs.worker" in words and b"jobs.launchers.local" not in words and run.encode() in words:
-                found.append(int(entry.name))
-    return sorted(found)
+    return sorted(each.pid for each in process.running("jobs.worker", "--run", run))
 
 
 def _step(store: str, run: str) -> int:
@@ -49,12 +40,12 @@ def _step(store: str, run: str) -> int:
     return int(json.loads(beat.get("heartbeat.json")).get("step", 0)) if beat.size("heartbeat.json") else 0
 
 
-def _started(shell: Shell, store: str, *options: str) -> tuple[subprocess.Popen[str], str]:
+def _started(shell: Shell, store: str, *options: str) -> tuple[Started, str]:
     """A demo run that has its first checkpoint behind it, and its name."""
-    process = shell.start("submit", "demo", *options, "--store", store)
+    command = shell.start("submit", "demo", *options, "--store", store)
     run = wait_for("the run's record", lambda: next(iter(Run.list(store)), ""))
     wait_for("a step after the first checkpoint", lambda: _step(store, run) >= 12)
-    return process, run
+    return command, run
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +62,10 @@ def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
     whole: dict[int, float], tmp_path: Path
 ) -> None:
     cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
-    process, run = _started(shell, cut, "--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
+    command, run = _started(shell, cut, "--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
     os.kill(_processes(run)[-1], signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, out
+    out = command.ends(120)
+    assert command.returncode == 1, out
     assert run_id(out) == run
     assert "logs" in out, "a failed run says where to look"
     stopped = max(_losses(cut, run))
@@ -88,10 +79,10 @@ def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
 
 def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int, float], tmp_path: Path) -> None:
     cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
-    process, run = _started(shell, cut, *SHORT)
+    command, run = _started(shell, cut, *SHORT)
     os.kill(_processes(run)[-1], signal.SIGUSR2)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
+    out = command.ends(200)
+    assert command.returncode == 0, out
     assert _losses(cut, run) == whole
     moves = [(t.state, t.attempt, t.info.get("reason", "")) for t in Run(cut, run).transitions()]
     assert [attempt for state, attempt, _ in moves if state == State.QUEUED] == [1, 2]

@@ -11,11 +11,11 @@ import pytest
 from jobs import process
 from jobs.ray import leave
 from jobs.record import Run, State
+from tests.cli import Shell, run_id, wait_for
 from tests.kube_server import KubeServer
-from tests.system.cli import Shell, run_id, wait_for
 from tests.system.operator import Operator
 from tests.system.ray_cluster import RayCluster
-from tests.system.toy_run import LONG, SHORT, SMOKE, losses
+from tests.toy_run import LONG, SHORT, SMOKE, losses
 
 pytestmark = pytest.mark.system
 

@@ -17,9 +17,9 @@ from jobs import launchers
 from jobs.cluster import load as load_cluster
 from jobs.errors import JobError
 from jobs.record import Run, State
+from tests.cli import REPOSITORY, Shell, run_id, wait_for
 from tests.conftest import Slurm
-from tests.system.cli import REPOSITORY, Shell, run_id, wait_for
-from tests.system.toy_run import LONG, SHORT, SMOKE, losses
+from tests.toy_run import LONG, SHORT, SMOKE, losses
 
 pytestmark = pytest.mark.system
 

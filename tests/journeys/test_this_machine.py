@@ -1,0 +1,70 @@
+"""A whole run on this machine through the command line: submitted, killed, resumed, evaluated, exported, reported."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+from jobs import process
+from jobs.record import Run
+from tests.cli import Shell, run_id, wait_for
+from tests.toy_run import RANDOM, losses
+
+STEPS = 40
+SHORT = ("--profile", "smoke", "--set",
+         f"train.steps={STEPS} checkpoint.every_steps=10 launch.max_attempts=1 {RANDOM}")  # fmt: skip
+
+
+def test_a_run_goes_from_submit_to_report_though_a_rank_is_killed(tmp_path: Path) -> None:
+    shell, root = Shell(tmp_path, RETORT_STORE=f"file://{tmp_path}/store"), f"file://{tmp_path}/store"
+    command = shell.start("submit", "demo", *SHORT)
+    name = wait_for("the run's record", lambda: next(iter(Run.list(root)), ""))
+    wait_for("a step after the first checkpoint", lambda: Run(root, name).view().heartbeat.get("step", 0) >= 12)
+    ranks = process.running("jobs.worker", "--run", name)
+    assert len(ranks) == 2
+    ranks[-1].send_signal(signal.SIGKILL)
+    out = command.ends(120)
+    assert command.returncode == 1, out
+    assert run_id(out) == name
+    assert f"make logs RUN={name}; make resume RUN={name}" in out
+    assert shell.status(name)["state"] == "failed"
+    reached = max(losses(root, name))
+    assert 10 <= reached < STEPS
+
+    assert f"{name} succeeded" in shell("resume", name)
+    whole = f"file://{tmp_path}/whole"
+    assert shell.submit("demo", *SHORT, "--store", whole) == name, "the same recipe has the same name elsewhere"
+    assert losses(root, name) == losses(whole, name), "bit for bit"
+    assert "already done" in shell("submit", "demo", *SHORT)
+    told = shell("status", name)
+    assert "attempt 2 went on from step" in told
+    assert "rank-0000" in shell("logs", name)
+
+    results = json.loads(shell("eval", name, "--json"))
+    assert set(results) == {"knn", "linear"}
+    assert {row["model"] for row in results["knn"]["rows"]} >= {"student", "untrained 1", "raw pixels"}
+    shell("export", name)
+    folder = tmp_path / "store" / "runs" / name / "export"
+    about = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(about["architecture"], **about.get("model_args", {}), num_classes=0)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, *about["pretrained_cfg"]["input_size"])).isfinite().all()
+    assert "report.html" in shell("report", name)
+    assert "<svg" in (tmp_path / "store" / "runs" / name / "report.html").read_text()
+
+
+def test_a_run_goes_on_without_its_terminal_and_saves_when_it_is_cancelled(tmp_path: Path) -> None:
+    root = f"file://{tmp_path}/store"
+    shell = Shell(tmp_path, RETORT_STORE=root)
+    name = shell.submit("demo", "--profile", "smoke", "--set", f"train.steps=4000 {RANDOM}", "--detach")
+    wait_for("the first step", lambda: Run(root, name).view().heartbeat.get("step", 0) >= 1)
+    shell("cancel", name)
+    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name))
+    assert shell.status(name)["state"] == "cancelled"
+    assert shell.status(name)["checkpoints"], "what had been trained is kept"
