@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SPLIT SHORT QUALITY WORKERS \
-	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON
+	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS START QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
@@ -57,6 +57,7 @@ bench: setup
 	@if [ -n "$$CHECKPOINT" ]; then .venv/bin/python -m tests.perf.checkpoint; \
 	elif [ -n "$$DATA" ]; then .venv/bin/python -m tests.perf.data; \
 	elif [ -n "$$CODECS" ]; then .venv/bin/python -m tests.perf.codecs; \
+	elif [ -n "$$START" ]; then .venv/bin/python -m tests.perf.start; \
 	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
 
 # What the verbs above do, for `make help`:
@@ -77,4 +78,4 @@ gc:  ## remove what no run refers to: [DRY=1] [DAYS=30: also runs that ended so 
 manifests:  ## slurm/out/RECIPE.sbatch or k8s/out/RECIPE.yaml, to submit by hand: RECIPE= [LAUNCHER=ray] [CLUSTER=] [SET=]
 image:  ## the container image: BASE=NAME@sha256:... [TAG=retort:latest] [TARGET=train|demo]
 features:  ## store teacher outputs: RECIPE= [VIEWS=1] [SPLIT=train,heldout,texts] [CODEC=bf16] [LAUNCHER=] [CLUSTER=] [NPROC=8: workers, else one for each GPU here] [ADVISE=1] [VERIFY=1] [SELECT="URI top=5"] [DRY=1]
-bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving; DATA=1: of reading; CODECS=1: of stored features
+bench:  ## throughput and overheads on this machine: [RECIPE=]; METHOD=udi: against plain formulas; CHECKPOINT=1: of saving; DATA=1: of reading; CODECS=1: of stored features; START=1: of starting ranks

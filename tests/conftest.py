@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.faults import FaultyProxy
 
@@ -128,20 +129,39 @@ class Ceph(S3Server):
         subprocess.run(["radosgw", "-c", str(self.folder / "ceph.conf"), "-n", "client.rgw"], check=True, timeout=60)
 
 
-@pytest.fixture(scope="session")
-def ceph() -> Iterator[Ceph]:
-    """A real S3 server on disk. Skipped without its Debian packages, except where CI=true."""
-    if not all(shutil.which(name) for name in ("radosgw", "ceph-mon", "ceph-osd")):
-        reason = "no Ceph gateway here: apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd"
+def need(programs: tuple[str, ...], packages: str) -> None:
+    """Skip without these programs of Debian packages, except where CI=true."""
+    if not all(shutil.which(name) for name in programs) or os.getuid():
+        reason = f"it needs root, and apt-get install -y --no-install-recommends {packages}"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="s3-"))  # short: it holds sockets
-    try:
-        subprocess.run([TOOLS / "s3-up", folder, "--until", str(os.getpid())], check=True, timeout=180)
-        words = shlex.split((folder / "env").read_text())
-        env = dict(word.split("=", 1) for word in words if "=" in word)
-        yield Ceph(env, make_bucket(env), folder)
-    finally:
-        subprocess.run([TOOLS / "s3-down", folder, "--purge"], check=True, timeout=60)
+
+
+def start_ceph(folder: Path, until: int) -> Ceph:
+    """A new gateway, which ends and leaves nothing behind when the process `until` has gone.  folder: its name must be
+    short, for it holds sockets."""
+    need(("radosgw", "ceph-mon", "ceph-osd"), "radosgw ceph-mon ceph-osd")
+    subprocess.run([TOOLS / "s3-up", folder, "--until", str(until)], check=True, timeout=180)
+    return find_ceph(folder)
+
+
+def find_ceph(folder: Path) -> Ceph:
+    words = shlex.split((folder / "env").read_text())
+    env = dict(word.split("=", 1) for word in words if "=" in word)
+    return Ceph(env, make_bucket(env, f"test-{os.getpid()}"), folder)
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Ceph:
+    """A real S3 server on disk, one for all processes that run tests side by side. Who freezes or kills one has their
+    own."""
+    alone = worker_id == "master"
+    base = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    with FileLock(base / "ceph.lock"):
+        if (note := base / "ceph").is_file():
+            return find_ceph(Path(note.read_text()))
+        found = start_ceph(Path(tempfile.mkdtemp(prefix="s3-")), os.getpid() if alone else os.getppid())
+        note.write_text(str(found.folder))
+        return found
 
 
 # ---- schedulers
@@ -186,10 +206,7 @@ class Slurm:
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[Slurm]:
     """Skipped where it cannot be brought up, except where CI=true."""
-    if not all(shutil.which(name) for name in ("slurmctld", "slurmdbd", "mariadbd", "ip")) or os.getuid():
-        needed = "root, and apt-get install -y --no-install-recommends slurm-wlm munge slurmdbd mariadb-server iproute2"
-        reason = f"no SLURM here: it needs {needed}"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    need(("slurmctld", "slurmdbd", "mariadbd", "ip"), "slurm-wlm munge slurmdbd mariadb-server iproute2")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         subprocess.run([TOOLS / "slurm-up", folder, "--until", str(os.getpid())], check=True, timeout=180)

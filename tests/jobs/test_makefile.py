@@ -88,5 +88,5 @@ def test_help_is_the_default_and_needs_no_set_up(project: Path) -> None:
     shutil.rmtree(project / ".venv")
     done, _ = make(project)
     assert done.returncode == 0
-    for target in [*cli.VERBS, "setup", "test", "test-fast", "lint"]:
+    for target in [*cli.VERBS, "setup", "test", "test-system", "soak", "packages", "lint"]:
         assert f" {target} " in done.stdout, target

@@ -23,6 +23,22 @@ kubernetes: {namespace: ml, secrets: [store]}
 """
 
 
+FIRST = ("ray", "slurm")  # clusters, whose tests wait a lot: they are begun first, with all else beside them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process has all tests of a cluster, or of a file, with what they share."""
+    groups = {item.nodeid: _group(item) for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.nodeid]))
+    items.sort(key=lambda item: FIRST.index(groups[item.nodeid]) if groups[item.nodeid] in FIRST else len(FIRST))
+
+
+def _group(item: pytest.Item) -> str:
+    used = getattr(item, "fixturenames", ())
+    return next((name for name in FIRST if f"{name}_cluster" in used), item.path.stem)
+
+
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[KubeServer]:
     """A Kubernetes API server, to which its `kubeconfig` leads; `ml.yaml` in the test's folder is a cluster file."""
@@ -45,15 +61,19 @@ def s3_server(ceph: S3Server) -> S3Server:
     return ceph
 
 
-@pytest.fixture(scope="module")
-def ray(ceph: S3Server) -> Iterator[RayCluster]:
-    """Two nodes with one CPU each, which know how to reach the store; whoever submits does not hand that on."""
+@pytest.fixture(scope="session")
+def ray_cluster(ceph: S3Server) -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it holds sockets
     cluster = RayCluster(folder, NO_PROXY="127.0.0.1,127.0.0.2,127.0.0.3,localhost", **ceph.env)
     try:
-        cluster.start(1)
-        cluster.start(2)
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ray(ray_cluster: RayCluster) -> RayCluster:
+    """Two nodes with one CPU each, which know how to reach the store; whoever submits does not hand that on."""
+    ray_cluster.mend()
+    return ray_cluster

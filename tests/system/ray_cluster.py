@@ -53,6 +53,14 @@ class RayCluster:
             self._nodes[node] = subprocess.Popen([RAY, "start", *role, *own], env=env, stdout=log, stderr=log)
         wait_for(f"node {node} of the Ray cluster", lambda: self._answers(node), 90)
 
+    def mend(self) -> None:
+        """Start the nodes that are not there."""
+        for node in (1, 2):
+            if node in self._nodes and self._nodes[node].poll() is not None:
+                self.kill(node)
+            if node not in self._nodes:
+                self.start(node)
+
     def kill(self, node: int) -> None:
         """All at once, as when a machine loses its power."""
         process = self._nodes.pop(node)

@@ -23,17 +23,24 @@ def kill(attempt: Attempt, world: int) -> None:
     ranks.wait_dead(attempt.kill_rank)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_killed_at_any_zero_stage_goes_on_bit_for_bit(name: str, root: str) -> None:
+# Every method, every ZeRO stage, and stage 3 with a method whose state is as large as its student; the rest: make soak.
+COVERING = [("toy", (0, 3)), ("proteus-s", (2,)), ("fd-clip-b", (1,)), ("dime-fm-b32", (2,)), ("udi-s", (3,))]
+REST = [(name, tuple(zero for zero in range(4) if zero not in zeros)) for name, zeros in COVERING]
+
+
+@pytest.mark.parametrize(
+    ("name", "zeros"), [*COVERING, *(pytest.param(*each, marks=pytest.mark.soak) for each in REST)]
+)
+def test_a_run_killed_at_any_zero_stage_goes_on_bit_for_bit(name: str, zeros: tuple[int, ...], root: str) -> None:
     """Losses, weights, moments, method state and rows of metrics: none lost, none doubled."""
     finish: list[Attempt] = []
-    for zero in range(4):
+    for zero in zeros:
         recipe, cut = recipe_of(name, zero), f"{name}-{zero}-cut"
         kill(Attempt(recipe, root, cut, kill_at=4 + zero % 2, kill_rank=zero % 2), 2)
         finish += [Attempt(recipe, root, cut, 2), Attempt(recipe, root, f"{name}-{zero}")]
     results = run_ranks(several, 2, finish)[0]
-    for zero in range(4):
-        (end, again, _), (whole_end, _, _) = results[2 * zero : 2 * zero + 2]
+    for i, zero in enumerate(zeros):
+        (end, again, _), (whole_end, _, _) = results[2 * i : 2 * i + 2]
         assert end == whole_end == "FINISHED"
         whole, cut = f"{name}-{zero}", f"{name}-{zero}-cut"
         assert 2 <= min(row["step"] for row in again) - 1 < 6, "the second attempt did not go on from a checkpoint"
@@ -42,14 +49,23 @@ def test_a_run_killed_at_any_zero_stage_goes_on_bit_for_bit(name: str, root: str
         assert equal(tensors(root, cut), tensors(root, whole))
 
 
+def test_every_method_and_every_stage_is_killed_somewhere() -> None:
+    assert tuple(name for name, _ in COVERING) == METHODS
+    assert {zero for _, zeros in COVERING for zero in zeros} == set(range(4))
+
+
 # ---- elsewhere
 
 WIDE = ("train.batch=24", "train.precision=fp32")  # twelve micro-batches
-MOVES = [("toy", 2, 1, 1, 3), ("udi-s", 1, 2, 2, 0), ("proteus-s", 2, 4, 1, 2), ("toy", 4, 3, 3, 1),
-         ("dime-fm-b32", 2, 1, 2, 1), ("fd-clip-b", 1, 2, 3, 1)]  # fmt: skip
+MOVES = [("toy", 4, 3, 3, 1), ("udi-s", 1, 2, 2, 0), ("proteus-s", 2, 1, 1, 3), ("dime-fm-b32", 2, 1, 2, 1),
+         ("fd-clip-b", 1, 2, 3, 2)]  # fmt: skip
+MORE_MOVES = [("toy", 2, 1, 1, 3), ("proteus-s", 2, 4, 1, 2), ("fd-clip-b", 1, 2, 3, 1)]
 
 
-@pytest.mark.parametrize(("name", "before", "after", "zero", "then"), MOVES)
+@pytest.mark.parametrize(
+    ("name", "before", "after", "zero", "then"),
+    [*MOVES, *(pytest.param(*move, marks=pytest.mark.soak) for move in MORE_MOVES)],
+)
 def test_a_run_goes_on_elsewhere_with_the_same_samples_crops_and_losses(
     name: str, before: int, after: int, zero: int, then: int, root: str
 ) -> None:

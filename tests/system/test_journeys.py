@@ -16,7 +16,7 @@ from core.metrics import read_metrics
 from core.storage import open_store
 from jobs import process
 from jobs.record import Run, State
-from tests.cli import Shell, Started, run_id, wait_for
+from tests.cli import Shell, Started, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -56,25 +56,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     found = _losses(f"file://{folder}/store", run)
     assert len(found) == 60
     return found
-
-
-def test_a_run_killed_in_mid_training_resumes_to_the_same_losses_bit_for_bit(
-    whole: dict[int, float], tmp_path: Path
-) -> None:
-    cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
-    command, run = _started(shell, cut, "--profile", "smoke", "--set", f"{STEPS} launch.max_attempts=1")
-    os.kill(_processes(run)[-1], signal.SIGKILL)
-    out = command.ends(120)
-    assert command.returncode == 1, out
-    assert run_id(out) == run
-    assert "logs" in out, "a failed run says where to look"
-    stopped = max(_losses(cut, run))
-    assert 10 <= stopped < 60
-    shell("resume", run, "--store", cut)
-    assert _losses(cut, run) == whole
-    told = shell("status", run, "--store", cut)
-    assert "attempt 2 went on from step" in told
-    assert "one of the newest 3" in told
 
 
 def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int, float], tmp_path: Path) -> None:
@@ -132,14 +113,3 @@ def test_a_folder_of_jpegs_is_data_and_broken_files_are_counted_and_passed_over(
     rows: list[dict[str, Any]] = read_metrics(open_store(f"{store}/runs/{run}"))
     assert rows[-1]["step"] == 9
     assert rows[-1]["bad_samples"] >= 1
-
-
-def test_cancel_stops_a_run_and_submit_takes_it_up_again(tmp_path: Path) -> None:
-    shell, store = Shell(tmp_path), f"file://{tmp_path}/store"
-    run = shell.submit("demo", *SHORT, "--store", store, "--detach")
-    wait_for("the first step", lambda: _step(store, run) >= 1)
-    shell("cancel", run, "--store", store)
-    wait_for("the ranks' end", lambda: not _processes(run))
-    assert json.loads(shell("status", run, "--store", store, "--json"))["state"] == "cancelled"
-    assert shell.submit("demo", *SHORT, "--store", store) == run
-    assert max(_losses(store, run)) == 60

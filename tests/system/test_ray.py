@@ -124,20 +124,6 @@ def test_a_rayjob_trains_and_a_retry_on_a_new_cluster_goes_on(site: Site, api: K
     assert site.run(name).store.size("export/model.safetensors")  # AFTER=export, on a worker
 
 
-def test_a_rayjob_that_waits_says_for_what_and_can_be_cancelled(site: Site, api: KubeServer, kubernetes: Shell) -> None:
-    name = run_id(kubernetes("submit", "demo", *SMOKE, SHORT, "--launcher", "ray", "--dirty", "--detach"))
-    [job] = api.objects("rayjobs")
-    api.change("rayjobs", job["metadata"]["name"], {"status": {"jobDeploymentStatus": "Initializing"}})
-    again = kubernetes("submit", "demo", *SMOKE, SHORT, "--launcher", "ray", "--dirty")
-    assert f"{name} is already queued" in again
-    assert "is Initializing" in again
-    assert len(api.objects("poddisruptionbudgets")) == 2  # of the head and of the workers
-    kubernetes("cancel", name)
-    assert not api.objects("rayjobs")
-    assert not api.objects("poddisruptionbudgets")
-    assert site.run(name).last().state == State.CANCELLED
-
-
 def test_a_cluster_that_cannot_be_had_is_told_before_anything_is_queued(site: Site, tmp_path: Path) -> None:
     (tmp_path / "large.yaml").write_text("cpus_per_task: 2")
     large = site.submit("--cluster", str(tmp_path / "large.yaml"), code=2)

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,12 +19,20 @@ from core.bucket import S3Store
 from core.bucket_client import S3Options
 from core.cache import ShardCache
 from core.storage import AccessDenied, Store, crc32c, open_store
-from tests.conftest import TOOLS, Ceph
+from tests.conftest import TOOLS, Ceph, start_ceph
 from tests.core.test_bucket import BucketBehaviour, quick  # noqa: F401 (a fixture)
 from tests.core.test_storage import StoreBehaviour, each_operation, keys
 
 pytestmark = pytest.mark.system
 IMPATIENT = S3Options(attempts=8, read_timeout_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def ceph() -> Iterator[Ceph]:
+    """One of these tests' own: they freeze, stop and kill it."""
+    found = start_ceph(Path(tempfile.mkdtemp(prefix="s3-")), os.getpid())
+    yield found
+    subprocess.run([TOOLS / "s3-down", found.folder, "--purge"], check=True, timeout=60)
 
 
 @pytest.fixture

@@ -278,9 +278,3 @@ def test_what_sbatch_refuses_is_told_in_its_own_words_and_leaves_nothing(site: S
     assert "sbatch refuses the job. SLURM says: error: " in out
     assert "rn7" in out or "node" in out.lower()
     assert not site.slurm.run("squeue", "--noheader")
-
-
-def test_without_slurm_s_programs_the_message_says_where_to_submit(tmp_path: Path) -> None:
-    shell = Shell(tmp_path, RETORT_STORE=f"file://{tmp_path}/store", PATH="/nowhere")
-    out = shell("submit", "demo", *SMOKE, SHORT, "--launcher", "slurm", code=3)
-    assert "there is no sinfo on this machine: submit from a login node of the cluster" in out
