@@ -91,7 +91,7 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} cores, medians of {ROUNDS} rounds taken in turns\n")
     for ranks in (1, 2, 8):
         found: dict[str, list[Round]] = {way: [] for way in ways}
-        for number in range(ROUNDS):
+        for _ in range(ROUNDS):
             for way, start in ways.items():
                 with tempfile.TemporaryDirectory() as folder:
                     script = Path(folder) / "rank.py"
