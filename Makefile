@@ -12,9 +12,8 @@ VERBS := recipes teachers plan doctor submit status logs cancel resume shards fe
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-# Tests share the cores. Those of a server or a cluster stay together in one process, beside others: they wait a lot.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
-BESIDE := -n 3 --dist loadgroup
+# Twice as many processes as cores, at most 8: many tests wait for others. Each takes tests of one file or one cluster.
+PARALLEL = -n $$(n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8))) --dist loadgroup --no-loadscope-reorder
 PACKAGES := radosgw ceph-mon ceph-osd slurm-wlm munge slurmdbd mariadb-server iproute2 buildah mmdebstrap
 
 .PHONY: help setup demo test test-system soak packages lint bench $(VERBS)
@@ -35,7 +34,7 @@ test: setup  ## what anybody can run: unit tests, golden cases, a whole run of e
 	@echo "left out: whole runs with a real S3 server, SLURM, Ray and the image: make test-system (root, and the packages of make packages)"
 
 test-system: setup  ## whole runs, a real S3 server, SLURM, Ray, the image, faults: needs root and `make packages`
-	@.venv/bin/python -m pytest $(BESIDE) tests/system
+	@.venv/bin/python -m pytest $(PARALLEL) tests/system
 	@echo "left out: random interruptions for as long as asked, and whole matrices: make soak"
 
 soak: setup  ## random interruptions [RUNS=20 SEED=1], then all of which make test-system runs a covering part

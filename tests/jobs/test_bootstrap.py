@@ -105,9 +105,15 @@ def test_the_installer_is_pinned_with_hashes() -> None:
 
 
 def test_ci_installs_what_is_missing_and_runs_lint_and_tests() -> None:
-    script = REPOSITORY / ".ci" / "run"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.stat().st_mode & 0o111
-    text = script.read_text()
-    for words in ("apt-get update", "--no-install-recommends", "radosgw", "make lint", "make test"):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    for name in ("run", "as-newcomer"):
+        script = REPOSITORY / ".ci" / name
+        done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert script.stat().st_mode & 0o111
+    text = (REPOSITORY / ".ci" / "run").read_text()
+    for words in ("apt-get update", "--no-install-recommends", "make lint", "newcomer make test", "make test-system"):
         assert words in text
+    listing = ["make", "--no-print-directory", "packages"]
+    packages = subprocess.run(listing, cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
+    assert {"radosgw", "slurm-wlm", "buildah"} < set(packages)

@@ -42,6 +42,7 @@ Sweep = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def sweep(tiny_recipe: Path, root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.setattr(local.LAUNCHER, "worker", fake_worker("ok"))
+    monkeypatch.setattr(local.LAUNCHER, "preload", ())
 
     def run(text: str, *options: str) -> tuple[int, str, str]:
         arguments = ["submit", str(tiny_recipe), "--launcher", "local", "--store", root, "--sweep", text, *options]

@@ -23,20 +23,16 @@ kubernetes: {namespace: ml, secrets: [store]}
 """
 
 
-FIRST = ("ray", "slurm")  # clusters, whose tests wait a lot: they are begun first, with all else beside them
+CLUSTERS = ("ray", "slurm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process has all tests of a cluster, or of a file, with what they share."""
-    groups = {item.nodeid: _group(item) for item in items}
+    """One process has all tests of a cluster: there is one of each, and most of its tests' time is waiting."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.nodeid]))
-    items.sort(key=lambda item: FIRST.index(groups[item.nodeid]) if groups[item.nodeid] in FIRST else len(FIRST))
-
-
-def _group(item: pytest.Item) -> str:
-    used = getattr(item, "fixturenames", ())
-    return next((name for name in FIRST if f"{name}_cluster" in used), item.path.stem)
+        used = getattr(item, "fixturenames", ())
+        for name in CLUSTERS:
+            if f"{name}_cluster" in used:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture
