@@ -12,8 +12,8 @@ VERBS := recipes teachers plan doctor submit status logs cancel resume shards fe
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-# Twice as many processes as cores, at most 8: many tests wait for others. Each takes tests of one file or one cluster.
-PARALLEL = -n $$(n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8))) --dist loadgroup --no-loadscope-reorder
+# Twice as many processes as cores, at most 8: many tests wait for others. Each takes whole files, the longest first.
+PARALLEL = -n $$(n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 PACKAGES := radosgw ceph-mon ceph-osd slurm-wlm munge slurmdbd mariadb-server iproute2 buildah mmdebstrap
 
 .PHONY: help setup demo test test-system soak packages lint bench $(VERBS)

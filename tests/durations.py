@@ -28,7 +28,7 @@ class Durations:
         self.seconds: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[plain(report.nodeid)] += report.duration
+        self.seconds[report.nodeid] += report.duration
 
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
         if not self.seconds:
@@ -42,12 +42,6 @@ class Durations:
         if os.environ.get("RECORD"):
             RECORD.write_text(json.dumps(updated(recorded, self.seconds), indent=0, sort_keys=True) + "\n")
             terminalreporter.line(f"written to {RECORD.name}")
-
-
-def plain(nodeid: str) -> str:
-    """A test's name without the group that xdist appends."""
-    name, _, group = nodeid.rpartition("@")
-    return name if name and "]" not in group else nodeid
 
 
 def grown(seconds: dict[str, float], recorded: dict[str, float]) -> list[str]:
@@ -73,27 +67,24 @@ def updated(recorded: dict[str, float], seconds: dict[str, float]) -> dict[str, 
 
 
 def longest_first(names: list[str], recorded: dict[str, float]) -> list[str]:
-    """Groups of tests in the order in which they had better begin, so that no long one is left over at the end.
+    """Files in the order in which they had better begin, so that no long one is left over at the end.
 
-    names: of the group of each test.  recorded: seconds by group.
+    names: of the file of each test.  recorded: seconds by file.
     """
     return sorted(dict.fromkeys(names), key=lambda name: -recorded.get(name, 0.0))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each process whole groups (a file, unless a test's folder says otherwise), the longest first."""
     recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    groups, seconds = {}, Counter[str]()
+    seconds = Counter[str]()
     for item in items:
-        marker = item.get_closest_marker("xdist_group")
-        if marker is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-            marker = item.get_closest_marker("xdist_group")
-        assert marker is not None
-        groups[item] = str(marker.args[0])
-        seconds[groups[item]] += recorded.get(item.nodeid, 0.0)
-    order = {name: place for place, name in enumerate(longest_first(list(groups.values()), seconds))}
-    items.sort(key=lambda item: order[groups[item]])
+        seconds[file_of(item)] += recorded.get(item.nodeid, 0.0)
+    order = {name: place for place, name in enumerate(longest_first([file_of(item) for item in items], seconds))}
+    items.sort(key=lambda item: order[file_of(item)])
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 def pytest_configure(config: pytest.Config) -> None:

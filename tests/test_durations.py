@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.durations import grown, longest_first, plain, updated
+from tests.durations import grown, longest_first, updated
 
 RECORDED = {"slow": 10.0, "other": 10.0, "third": 5.0, "short": 1.0}
 
@@ -31,11 +31,5 @@ def test_recording_keeps_what_did_not_run_and_forgets_what_has_become_fast() -> 
     assert updated(RECORDED, {"slow": 0.4, "new": 12.34}) == {"other": 10.0, "third": 5.0, "short": 1.0, "new": 12.3}
 
 
-def test_the_longest_groups_begin_first_and_what_is_not_recorded_keeps_its_place_behind_them() -> None:
+def test_the_longest_files_begin_first_and_what_is_not_recorded_keeps_its_place_behind_them() -> None:
     assert longest_first(["a", "b", "a", "c", "d"], {"c": 5.0, "b": 9.0}) == ["b", "c", "a", "d"]
-
-
-def test_the_group_that_xdist_appends_is_no_part_of_a_name() -> None:
-    assert plain("tests/a.py::test_b[c]@slurm") == plain("tests/a.py::test_b[c]") == "tests/a.py::test_b[c]"
-    assert plain("tests/a.py::test_b@tests/a.py") == "tests/a.py::test_b"
-    assert plain("tests/a.py::test_b[s3://key@host]") == "tests/a.py::test_b[s3://key@host]"

@@ -23,18 +23,6 @@ kubernetes: {namespace: ml, secrets: [store]}
 """
 
 
-CLUSTERS = ("ray", "slurm")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process has all tests of a cluster: there is one of each, and most of its tests' time is waiting."""
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        for name in CLUSTERS:
-            if f"{name}_cluster" in used:
-                item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[KubeServer]:
     """A Kubernetes API server, to which its `kubeconfig` leads; `ml.yaml` in the test's folder is a cluster file."""

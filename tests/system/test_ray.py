@@ -15,6 +15,7 @@ from tests.cli import Shell, run_id, wait_for
 from tests.kube_server import KubeServer
 from tests.system.operator import Operator
 from tests.system.ray_cluster import RayCluster
+from tests.system.stored_features import FeatureSite
 from tests.toy_run import LONG, SHORT, SMOKE, losses
 
 pytestmark = pytest.mark.system
@@ -149,3 +150,39 @@ def test_a_run_is_cancelled_at_work_and_while_it_waits_for_nodes(site: Site) -> 
     site.shell("cancel", name)
     wait_for("the end", lambda: not process.running("jobs.ray.entry"))
     assert site.run(name).last().state == State.CANCELLED
+
+
+# ---- teacher outputs
+
+
+def test_a_rayjob_of_workers_stores_what_is_wanted(
+    tmp_path: Path, ray: RayCluster, bucket: str, api: KubeServer
+) -> None:
+    api.on_create = Operator(api, ray)
+    own = {"KUBECONFIG": str(api.kubeconfig), "RETORT_CLUSTER": str(tmp_path / "ml.yaml")}
+    site = FeatureSite(tmp_path, bucket, own)
+    out = site.features("--launcher", "ray", "--nproc", "2", "--dirty")
+    kubectl = "kubectl --context=toy --namespace=ml"
+    job = re.search(rf"RayJob (demo-workers-\w+): 2 workers of 1 CPU; {kubectl} get rayjob \1 ", out)
+    assert job
+    ended = lambda: api.objects("rayjobs")[0].get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed")  # noqa: E731
+    wait_for("the RayJob's end", ended, 300, poll_s=1.0)
+    [made] = api.objects("rayjobs")
+    assert made["metadata"]["name"] == job[1]
+    assert made["status"] == {"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete", "failed": 0}
+    site.is_whole()
+
+
+def test_tasks_of_a_ray_cluster_share_the_work_though_a_node_is_lost(
+    tmp_path: Path, ray: RayCluster, bucket: str
+) -> None:
+    site = FeatureSite(tmp_path, bucket, ray.env)
+    out = site.features("--launcher", "ray", "--nproc", "2", "--dirty")
+    job = re.search(r"Ray job (demo-workers-\w+): 2 workers of 1 CPU; ray job logs --follow \1", out)
+    assert job
+    site.begun()
+    ray.kill(2)
+    status = lambda: ray.ask(f"/api/jobs/{job[1]}")["status"]  # noqa: E731
+    wait_for("the job's end", lambda: status() in ("SUCCEEDED", "FAILED", "STOPPED"), 500, poll_s=2.0)
+    assert status() == "SUCCEEDED", ray.ask(f"/api/jobs/{job[1]}/logs")
+    site.is_whole()

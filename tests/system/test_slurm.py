@@ -19,6 +19,7 @@ from jobs.errors import JobError
 from jobs.record import Run, State
 from tests.cli import REPOSITORY, Shell, run_id, wait_for
 from tests.conftest import Slurm
+from tests.system.stored_features import FeatureSite
 from tests.toy_run import LONG, SHORT, SMOKE, losses
 
 pytestmark = pytest.mark.system
@@ -278,3 +279,29 @@ def test_what_sbatch_refuses_is_told_in_its_own_words_and_leaves_nothing(site: S
     assert "sbatch refuses the job. SLURM says: error: " in out
     assert "rn7" in out or "node" in out.lower()
     assert not site.slurm.run("squeue", "--noheader")
+
+
+# ---- teacher outputs
+
+
+def test_tasks_of_a_slurm_array_share_the_work_though_one_is_preempted_and_one_is_killed(
+    tmp_path: Path, slurm: Slurm
+) -> None:
+    site = FeatureSite(tmp_path, f"file://{tmp_path}/store", slurm.env)
+    out = site.features("--launcher", "slurm", "--nproc", "3")
+    job = re.search(r"SLURM job (\d+): 3 workers; squeue --jobs=\1 shows them, scancel \1 ends them", out)
+    assert job
+    site.begun()
+    slurm.run("scontrol", "requeue", f"{job[1]}_0")
+    slurm.run("scancel", "--signal=USR2", f"{job[1]}_1")  # as its time limit does: it starts itself again
+    slurm.run("scancel", f"{job[1]}_2")
+    wait_for("the array's end", lambda: not slurm.run("squeue", "--noheader", f"--jobs={job[1]}"), 400)
+    wait_for("accounting", lambda: _ends(slurm, job[1]) == {"0": "COMPLETED", "1": "COMPLETED", "2": "CANCELLED"})
+    site.is_whole()
+
+
+def _ends(slurm: Slurm, job: str) -> dict[str, str]:
+    """How the tasks of an array ended in the end."""
+    out = slurm.run("sacct", "-X", "-n", "-P", f"--jobs={job}", "--format=JobID,State")
+    found = (re.match(r"\d+_(\d+)\|(\w+)", line) for line in out.splitlines())
+    return {match[1]: match[2] for match in found if match}
