@@ -12,7 +12,9 @@ VERBS := recipes teachers plan doctor submit status logs cancel resume shards fe
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
-# Twice as many processes as cores, at most 8: many tests wait for others. Each takes whole files, the longest first.
+# Twice as many processes as cores, at most 8: many tests wait for others. Each takes whole files, the longest first,
+# and computes in one thread: more would wait for each other's.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 PARALLEL = -n $$(n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 PACKAGES := radosgw ceph-mon ceph-osd slurm-wlm munge slurmdbd mariadb-server iproute2 buildah mmdebstrap
 
@@ -30,16 +32,16 @@ demo:  ## the whole journey on this machine, in minutes
 	@.venv/bin/python -m jobs demo
 
 test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes
-	@.venv/bin/python -m pytest $(PARALLEL) --ignore tests/system
+	@$(PYTEST) $(PARALLEL) --ignore tests/system
 	@echo "left out: whole runs with a real S3 server, SLURM, Ray and the image: make test-system (root, and the packages of make packages)"
 
 test-system: setup  ## whole runs, a real S3 server, SLURM, Ray, the image, faults: needs root and `make packages`
-	@.venv/bin/python -m pytest $(PARALLEL) tests/system
+	@$(PYTEST) $(PARALLEL) tests/system
 	@echo "left out: random interruptions for as long as asked, and whole matrices: make soak"
 
 soak: setup  ## random interruptions [RUNS=20 SEED=1], then all of which make test-system runs a covering part
 	@.venv/bin/python -m tests.system.soak --runs "$${RUNS:-20}" --seed "$${SEED:-1}"
-	@.venv/bin/python -m pytest tests/system -m soak
+	@$(PYTEST) tests/system -m soak
 
 packages:  ## the Debian packages that make test-system needs: apt-get install -y --no-install-recommends $$(make packages)
 	@echo $(PACKAGES)

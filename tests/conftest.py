@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -13,10 +14,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -151,17 +153,28 @@ def find_ceph(folder: Path) -> Ceph:
 
 
 @pytest.fixture(scope="session")
-def ceph(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Ceph:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[], Any]], Any]:
+    """once(name, make): what `make` returns, as JSON has it, made by the first of the processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == "master" else base.parent
+
+    def once(name: str, make: Callable[[], Any]) -> Any:
+        note = folder / f"{name}.json"
+        with FileLock(folder / f"{name}.lock"):
+            if not note.is_file():
+                note.write_text(json.dumps(make()))
+            return json.loads(note.read_text())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def ceph(once: Callable[[str, Callable[[], Any]], Any], worker_id: str) -> Ceph:
     """A real S3 server on disk, one for all processes that run tests side by side. Who freezes or kills one has their
     own."""
-    alone = worker_id == "master"
-    base = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
-    with FileLock(base / "ceph.lock"):
-        if (note := base / "ceph").is_file():
-            return find_ceph(Path(note.read_text()))
-        found = start_ceph(Path(tempfile.mkdtemp(prefix="s3-")), os.getpid() if alone else os.getppid())
-        note.write_text(str(found.folder))
-        return found
+    controller = os.getpid() if worker_id == "master" else os.getppid()
+    folder = once("ceph", lambda: str(start_ceph(Path(tempfile.mkdtemp(prefix="s3-")), controller).folder))
+    return find_ceph(Path(folder))
 
 
 # ---- schedulers

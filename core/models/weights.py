@@ -69,18 +69,27 @@ def load_strict(
         WeightsError: lists all missing and unexpected keys and all shapes that differ; the model is left as it was.
     """
     own = model.state_dict()
-    layout = detect(state) if layout is None else layout
+    if layout is None:  # names that are all the model's own need no guess: CNNs have blocks.N.M. as DINOv2's files do
+        layout = "timm" if not _mismatches(own, _given(model, own, state, "timm", fit_positions)) else detect(state)
+    given = _given(model, own, state, layout, fit_positions)
+    problems = _mismatches(own, given)
+    if problems:
+        heading = f"weights (read as layout {layout}) do not fit {type(model).__name__}"
+        raise WeightsError("\n  ".join([heading, *problems]))
+    model.load_state_dict(given, strict=True)
+
+
+def _given(
+    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any], layout: str, fit_positions: bool
+) -> State:
+    """What the file holds for the model, read as `layout`."""
     given = to_timm(state, layout)
     if getattr(model, "num_classes", None) == 0:
         given = {key: value for key, value in given.items() if key in own or not key.startswith(_classifiers(model))}
     given |= {key: torch.zeros_like(own[key]) for key in _fixed_biases(model) - given.keys()}
     if fit_positions and isinstance(model, VisionTransformer) and "pos_embed" in own.keys() & given.keys():
         given["pos_embed"] = fit_pos_embed(model, given["pos_embed"])
-    problems = _mismatches(own, given)
-    if problems:
-        heading = f"weights (read as layout {layout}) do not fit {type(model).__name__}"
-        raise WeightsError("\n  ".join([heading, *problems]))
-    model.load_state_dict(given, strict=True)
+    return given
 
 
 def _fixed_biases(model: nn.Module) -> set[str]:

@@ -152,7 +152,9 @@ def step_of(store: Store) -> int:
 POINTS = 18
 
 
-@pytest.mark.parametrize(("rank", "every"), [(0, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("rank", "every"), [(0, 3), (1, 7), *(pytest.param(rank, 1, marks=pytest.mark.soak) for rank in (0, 1))]
+)
 def test_a_crash_between_any_two_requests_leaves_the_old_or_the_new_checkpoint(
     rank: int, every: int, bucket: str, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -170,7 +172,7 @@ def test_a_crash_between_any_two_requests_leaves_the_old_or_the_new_checkpoint(
         found.add(step_of(store))
         if not killer.dead:
             break
-        if at % 6 == 1:
+        if at % 7 == 1:
             goes_on(uri, f"{tmp_path}/{at}")
     assert reached >= 14 / every, "the walk must meet the requests of a save"
     assert {2, 4} <= found, "both sides of the commit"

@@ -90,7 +90,9 @@ class Image:
         return found
 
     def run(self, *command: str) -> str:
-        return self.buildah("run", self.container, "--", *command)
+        """What a command prints; asked again, as buildah loses that of a short one now and then on a busy machine."""
+        said = (self.buildah("run", self.container, "--", *command) for _ in range(3))
+        return next(filter(None, said), "")
 
     def run_read_only(self, *command: str, shm: str = "2g") -> subprocess.CompletedProcess[str]:
         inside = ["env", "-i", *self.config["Env"], *command]

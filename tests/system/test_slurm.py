@@ -164,7 +164,7 @@ def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(s
 def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(site: Site) -> None:
     cluster = site.shell.folder / "site.yaml"
     cluster.write_text(f"logs: {site.shell.folder}/logs\n")
-    steps = LONG.replace("320", "120")  # enough to be signalled on the way
+    steps = f"{LONG.replace('320', '90')} evaluate.protocols=[knn]"  # enough to be signalled on the way
     first = site.make("submit", f"CLUSTER={cluster}", f"SET={steps} train.lr=1e-3")
     sweep = ("--sweep", "train.lr=1e-3,2e-3,3e-3", "--after", "eval,export")
     out = site.submit(*sweep, steps=steps)
@@ -180,9 +180,9 @@ def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(s
         site.ends(run)
         assert site.run(run).last().attempt == attempts, "of an array only the task that was told starts again"
         wait_for("export", lambda run=run: site.run(run).store.size("export/model.safetensors"))
-        wait_for("evaluation", lambda run=run: site.run(run).store.size("evaluations/linear.json"))
+        wait_for("evaluation", lambda run=run: site.run(run).store.size("evaluations/knn.json"))
     table = site.shell("status", "--sweep", name)
-    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+120\s+[\d.]+\s+[\d.]+\s+[\d.]+", table), table
+    assert re.search(rf"{runs[0]}\s+2e-3\s+succeeded\s+1\s+90\s+[\d.]+\s+[\d.]+", table), table
     assert "knn top1" in table
     before = site.slurm.run("sacct", "-X", "-n", "-P", "--format=JobID")
     again = site.submit(*sweep, steps=steps)

@@ -263,3 +263,18 @@ def test_a_torchscript_archive_that_needs_objects_is_refused_without_running_the
     with pytest.raises(WeightsError, match=r"bad\.pt: needs an object posix.mkdir"):
         read(tmp_path / "bad.pt")
     assert not (tmp_path / "ran").exists()
+
+
+# Networks of which at f7ec1b9 no file with their own names could be read: blocks.N.M. was taken for DINOv2's chunks.
+OWN_NAMES = ("lcnet_050", "efficientnet_b0", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "mnasnet_050",
+             "ghostnet_050", "cait_xxs24_224", "tinynet_e", "resnet10t", "convnext_atto", "hiera_tiny_224")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_file_with_a_network_s_own_names_is_read_as_such(name: str) -> None:
+    model = timm.create_model(name, pretrained=False, num_classes=0)
+    state = {key: torch.full_like(value, 2) for key, value in model.state_dict().items()}
+    load_strict(model, state)
+    assert all(value.eq(2).all() for value in model.state_dict().values())
+    classes = timm.create_model(name, pretrained=False, num_classes=7).state_dict()
+    load_strict(model, {"state_dict": {f"module.{key}": value for key, value in classes.items()}})
