@@ -25,7 +25,7 @@ def test_a_run_goes_from_submit_to_report_though_a_rank_is_killed(tmp_path: Path
     command = shell.start("submit", "demo", *SHORT)
     name = wait_for("the run's record", lambda: next(iter(Run.list(root)), ""))
     wait_for("a step after the first checkpoint", lambda: Run(root, name).view().heartbeat.get("step", 0) >= 12)
-    ranks = process.running("jobs.worker", "--run", name)
+    ranks = process.running("jobs.worker", "--run", name, "--store", root)
     assert len(ranks) == 2
     ranks[-1].send_signal(signal.SIGKILL)
     out = command.ends(120)
@@ -65,12 +65,12 @@ def test_a_run_that_was_cancelled_has_saved_and_is_taken_up_by_the_next_submit(t
     name = shell.submit("demo", *slow, "--detach")
     wait_for("the first step", lambda: Run(root, name).view().heartbeat.get("step", 0) >= 1)
     shell("cancel", name)
-    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name))
+    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name, "--store", root))
     assert shell.status(name)["state"] == "cancelled"
     kept = max(each["step"] for each in shell.status(name)["checkpoints"])
     shell("submit", "demo", *slow, "--detach")
     wait_for("the second attempt", lambda: Run(root, name).view().heartbeat.get("attempt", 0) == 2)
     shell("cancel", name)
-    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name))
+    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name, "--store", root))
     assert max(each["step"] for each in shell.status(name)["checkpoints"]) >= kept >= 1
     assert f"attempt 2 went on from step {kept}" in shell("status", name)

@@ -30,9 +30,9 @@ def _losses(store: str, run: str) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(open_store(f"{store}/runs/{run}")) if "loss" in row}
 
 
-def _processes(run: str) -> list[int]:
+def _processes(store: str, run: str) -> list[int]:
     """Ranks of a run on this machine."""
-    return sorted(each.pid for each in process.running("jobs.worker", "--run", run))
+    return sorted(each.pid for each in process.running("jobs.worker", "--run", run, "--store", store))
 
 
 def _step(store: str, run: str) -> int:
@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 def test_a_run_of_which_one_rank_is_signalled_goes_on_by_itself(whole: dict[int, float], tmp_path: Path) -> None:
     cut, shell = f"file://{tmp_path}/cut", Shell(tmp_path)
     command, run = _started(shell, cut, *SHORT)
-    os.kill(_processes(run)[-1], signal.SIGUSR2)
+    os.kill(_processes(cut, run)[-1], signal.SIGUSR2)
     out = command.ends(200)
     assert command.returncode == 0, out
     assert _losses(cut, run) == whole
