@@ -113,3 +113,21 @@ def test_a_folder_of_jpegs_is_data_and_broken_files_are_counted_and_passed_over(
     rows: list[dict[str, Any]] = read_metrics(open_store(f"{store}/runs/{run}"))
     assert rows[-1]["step"] == 9
     assert rows[-1]["bad_samples"] >= 1
+
+
+def test_a_run_that_was_cancelled_has_saved_and_is_taken_up_by_the_next_submit(tmp_path: Path) -> None:
+    root = f"file://{tmp_path}/store"
+    shell = Shell(tmp_path, RETORT_STORE=root)
+    slow = ("--profile", "smoke", "--set", f"train.steps=4000 {RANDOM}")
+    name = shell.submit("demo", *slow, "--detach")
+    wait_for("the first step", lambda: Run(root, name).view().heartbeat.get("step", 0) >= 1)
+    shell("cancel", name)
+    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name, "--store", root))
+    assert shell.status(name)["state"] == "cancelled"
+    kept = max(each["step"] for each in shell.status(name)["checkpoints"])
+    shell("submit", "demo", *slow, "--detach")
+    wait_for("the second attempt", lambda: Run(root, name).view().heartbeat.get("attempt", 0) == 2)
+    shell("cancel", name)
+    wait_for("the ranks' end", lambda: not process.running("jobs.worker", "--run", name, "--store", root))
+    assert max(each["step"] for each in shell.status(name)["checkpoints"]) >= kept >= 1
+    assert f"attempt 2 went on from step {kept}" in shell("status", name)
