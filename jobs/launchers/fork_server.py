@@ -70,9 +70,12 @@ class ForkServer:
     room: bytes that command lines of programs may take.  log: what the imports print.
     """
 
+    _open = 0  # servers of this process
+
     def __init__(self, preload: Sequence[str], env: Mapping[str, str], log: Path, room: int = 1024) -> None:
         self._command = [sys.executable, "-m", "jobs.launchers.fork_server", *preload, "." * room]
         self._env, self._log = env, log
+        ForkServer._open += 1
         _adopt_orphans(True)
         self._launch()
 
@@ -114,7 +117,8 @@ class ForkServer:
     def close(self) -> None:
         """End the server, not what it has started."""
         self._end()
-        _adopt_orphans(False)
+        ForkServer._open -= 1
+        _adopt_orphans(ForkServer._open > 0)
 
     def _end(self) -> None:
         self._process.kill()

@@ -112,9 +112,8 @@ def test_a_module_is_run_and_found_by_its_command_line(server: ForkServer, tmp_p
 def test_a_server_that_is_killed_touches_no_program_and_is_replaced(
     server: ForkServer, start: Start, tmp_path: Path
 ) -> None:
-    first = start("input() if False else __import__('time').sleep(60)")
-    keeper = psutil.Process()
-    [serving] = [p for p in keeper.children() if "jobs.launchers.fork_server" in p.cmdline()]
+    first = start("import time\ntime.sleep(60)")
+    serving = server._process
     serving.kill()
     serving.wait(LIMIT_S)
     second = start("print('second')")
@@ -122,6 +121,13 @@ def test_a_server_that_is_killed_touches_no_program_and_is_replaced(
     assert psutil.Process(first.pid).status() != psutil.STATUS_ZOMBIE
     first.kill()
     assert first.reap() == -9
+
+
+def test_the_end_of_one_server_leaves_the_programs_of_another_to_their_keeper(
+    server: ForkServer, start: Start, tmp_path: Path
+) -> None:
+    ForkServer([], environment(), tmp_path / "other.log").close()
+    assert start("raise SystemExit(7)").reap() == 7
 
 
 def test_killing_ends_what_a_program_has_started(start: Start, tmp_path: Path) -> None:
