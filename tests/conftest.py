@@ -24,6 +24,7 @@ import pytest
 from filelock import FileLock
 
 from tests.faults import FaultyProxy
+from tests.kube_server import KubeServer
 
 pytest_plugins = ["tests.durations"]
 TOOLS = Path(__file__).parent / "tools"
@@ -233,3 +234,19 @@ def slurm(slurm_cluster: Slurm) -> Iterator[Slurm]:
     """The cluster without jobs, before and after."""
     yield slurm_cluster
     slurm_cluster.clear()
+
+
+PODS = """
+image: registry.example.org/retort:test
+tasks_per_node: 1
+mem_gb: 4
+kubernetes: {namespace: ml, secrets: [store]}
+"""
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[KubeServer]:
+    """A Kubernetes API server, to which its `kubeconfig` leads; `ml.yaml` in the test's folder is a cluster file."""
+    (tmp_path / "ml.yaml").write_text(PODS)
+    with KubeServer(tmp_path) as server:
+        yield server

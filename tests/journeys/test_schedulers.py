@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from jobs.record import Run, State
 from tests.cli import REPOSITORY, Shell, run_id
 from tests.kube_server import KubeServer
 from tests.toy_run import SHORT, SMOKE
-
-PODS = """
-image: registry.example.org/retort:test
-tasks_per_node: 1
-mem_gb: 4
-kubernetes: {namespace: ml, secrets: [store]}
-"""
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubeServer]:
-    """A Kubernetes API server, to which its `kubeconfig` leads; `ml.yaml` in the test's folder is a cluster file."""
-    (tmp_path / "ml.yaml").write_text(PODS)
-    with KubeServer(tmp_path) as server:
-        yield server
 
 
 def test_without_slurm_s_programs_the_message_says_where_to_submit(tmp_path: Path) -> None:

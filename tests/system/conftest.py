@@ -12,24 +12,8 @@ import pytest
 
 from tests.cli import Shell
 from tests.conftest import S3Server
-from tests.kube_server import KubeServer
 from tests.system.ray_cluster import RayCluster
 from tests.toy_run import LONG, SMOKE, losses
-
-PODS = """
-image: registry.example.org/retort:test
-tasks_per_node: 1
-mem_gb: 4
-kubernetes: {namespace: ml, secrets: [store]}
-"""
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubeServer]:
-    """A Kubernetes API server, to which its `kubeconfig` leads; `ml.yaml` in the test's folder is a cluster file."""
-    (tmp_path / "ml.yaml").write_text(PODS)
-    with KubeServer(tmp_path) as server:
-        yield server
 
 
 @pytest.fixture(scope="session")
