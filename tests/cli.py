@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -24,10 +25,18 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @cache
+def outputs() -> Path:
+    """A folder for what commands say, which goes with this test process."""
+    folder = Path(tempfile.mkdtemp(prefix="commands-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
 def server() -> ForkServer:
     """Forks the commands of these tests, as the local launcher does its ranks: see tests/jobs/test_fork_server.py."""
-    log = Path(tempfile.mkdtemp(prefix="commands-")) / "imports.log"
-    found = ForkServer(PRELOAD, {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}, log, room=4096)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    found = ForkServer(PRELOAD, env, outputs() / "imports.log", room=4096)
     atexit.register(found.close)
     return found
 
@@ -36,7 +45,7 @@ class Started:
     """A command at work; what it says is kept in a file."""
 
     def __init__(self, folder: Path, env: dict[str, str], arguments: tuple[str, ...]) -> None:
-        handle, name = tempfile.mkstemp(prefix="command-", suffix=".out")
+        handle, name = tempfile.mkstemp(dir=outputs(), suffix=".out")
         os.close(handle)
         self._said, self.returncode = Path(name), 0
         command = [sys.executable, "-m", "jobs", *arguments]

@@ -110,7 +110,7 @@ class ForkServer:
             self._channel.write(order + "\n")
             self._channel.flush()
             answer: dict[str, Any] = json.loads(self._channel.readline() or "{}")
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, json.JSONDecodeError):  # it may have died in mid-answer
             return {}
         return answer
 

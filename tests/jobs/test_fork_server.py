@@ -112,12 +112,14 @@ def test_a_module_is_run_and_found_by_its_command_line(server: ForkServer, tmp_p
 def test_a_server_that_is_killed_touches_no_program_and_is_replaced(
     server: ForkServer, start: Start, tmp_path: Path
 ) -> None:
-    first = start("import time\ntime.sleep(60)")
+    first = start("import time\nprint('on', flush=True)\ntime.sleep(60)")
+    until(lambda: "on" in (tmp_path / "log").read_text())  # it has read its script, which the second one replaces
     serving = server._process
     serving.kill()
     serving.wait(LIMIT_S)
     second = start("print('second')")
     assert second.reap() == 0
+    assert "second" in (tmp_path / "log").read_text()
     assert psutil.Process(first.pid).status() != psutil.STATUS_ZOMBIE
     first.kill()
     assert first.reap() == -9
