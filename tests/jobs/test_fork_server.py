@@ -59,6 +59,11 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
+def said(log: Path) -> str:
+    """What a program has written so far; it makes its log itself."""
+    return log.read_text() if log.exists() else ""
+
+
 def test_a_program_has_its_own_words_environment_log_and_group_and_what_the_server_has_imported(
     start: Start, tmp_path: Path
 ) -> None:
@@ -98,7 +103,7 @@ def test_a_module_is_run_and_found_by_its_command_line(server: ForkServer, tmp_p
     command = [sys.executable, "-m", "tests.jobs.fake_worker", "wait", "--run", "demo-0123456789", "--store",
                f"file://{tmp_path}/a store", "--attempt", "1"]  # fmt: skip
     child = server.start(command, environment(RANK="1"), tmp_path / "log")
-    until(lambda: "ready" in (tmp_path / "log").read_text())
+    until(lambda: "ready" in said(tmp_path / "log"))
     [found] = process.running("tests.jobs.fake_worker", "--run", "demo-0123456789")
     assert found.pid == child.pid
     assert process.argument(found, "--store") == f"file://{tmp_path}/a store"
@@ -113,7 +118,7 @@ def test_a_server_that_is_killed_touches_no_program_and_is_replaced(
     server: ForkServer, start: Start, tmp_path: Path
 ) -> None:
     first = start("import time\nprint('on', flush=True)\ntime.sleep(60)")
-    until(lambda: "on" in (tmp_path / "log").read_text())  # it has read its script, which the second one replaces
+    until(lambda: "on" in said(tmp_path / "log"))  # it has read its script, which the second one replaces
     serving = server._process
     serving.kill()
     serving.wait(LIMIT_S)
@@ -134,7 +139,7 @@ def test_the_end_of_one_server_leaves_the_programs_of_another_to_their_keeper(
 
 def test_killing_ends_what_a_program_has_started(start: Start, tmp_path: Path) -> None:
     child = start("import subprocess, time\nprint(subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)")
-    grandchild = int(until(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
+    grandchild = int(until(lambda: said(tmp_path / "log").strip()))
     threading.Timer(0.1, child.kill).start()
     assert child.reap() == -9
     until(lambda: not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE)
@@ -166,7 +171,7 @@ def test_programs_and_server_end_with_their_keeper(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, keeper], env=environment(), stdout=subprocess.PIPE, text=True) as process_:
         assert process_.stdout is not None
         both = [psutil.Process(int(word)) for word in process_.stdout.readline().split()]
-        until(lambda: (tmp_path / "log").exists() and "on" in (tmp_path / "log").read_text())
+        until(lambda: "on" in said(tmp_path / "log"))
         process_.kill()
     gone, left = psutil.wait_procs(both, LIMIT_S)
     assert not left, f"{left} outlive the process that had them started"
