@@ -28,6 +28,7 @@ class Ranks:
         self._processes: list[Forked] = []
         port = free_port()
         for rank in range(placement.ranks):
+            self.log(rank).touch()  # whoever looks for it finds it before the rank has opened it
             child = server.start(command, rank_environment(rank, placement, port), self.log(rank))
             self._processes.append(child)
             threading.Thread(target=self._wait, args=(rank, child), daemon=True).start()
