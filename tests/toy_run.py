@@ -6,8 +6,9 @@ from core.metrics import read_metrics
 from core.storage import open_store
 
 RANDOM = "teachers.digits_masked.weights=random teachers.digits_supervised.weights=random"
-SHORT = f"train.steps=40 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
-LONG = f"train.steps=320 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM}"
+SMALL = "student.args.depth=2 teachers.digits_masked.args.depth=1 teachers.digits_supervised.args.depth=1"
+SHORT = f"train.steps=40 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM} {SMALL}"
+LONG = f"train.steps=240 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM} {SMALL}"
 SMOKE = ("--profile", "smoke", "--set")
 
 

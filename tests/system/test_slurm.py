@@ -109,7 +109,7 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
     site.trains(name, 2)
     shown = site.shell("status", name)
     assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
-    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
+    assert re.search(r"progress .*step \d+/240, loss .* img/s.* ETA", shown)
     os.kill(site.ranks(name)[-1], signal.SIGUSR1)  # of the second node only
     site.trains(name, 3)
     slurm.run("scontrol", "requeue", job)
@@ -143,7 +143,7 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
 
 
 def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(site: Site) -> None:
-    name = run_id(site.submit("--detach", steps=LONG.replace("320", "4000")))
+    name = run_id(site.submit("--detach", steps=LONG.replace("240", "4000")))
     job = site.job(name)
     site.trains(name, 1)
     waiting = run_id(site.submit("--detach", "--set", "seed=1", "--after", "export"))
@@ -164,7 +164,7 @@ def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(s
 def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(site: Site) -> None:
     cluster = site.shell.folder / "site.yaml"
     cluster.write_text(f"logs: {site.shell.folder}/logs\n")
-    steps = f"{LONG.replace('320', '90')} evaluate.protocols=[knn]"  # enough to be signalled on the way
+    steps = f"{LONG.replace('240', '90')} launch.ranks=1 evaluate.protocols=[knn]"  # enough to be signalled on the way
     first = site.make("submit", f"CLUSTER={cluster}", f"SET={steps} train.lr=1e-3")
     sweep = ("--sweep", "train.lr=1e-3,2e-3,3e-3", "--after", "eval,export")
     out = site.submit(*sweep, steps=steps)
@@ -191,7 +191,7 @@ def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(s
 
 
 def test_a_rendered_script_submitted_by_hand_ends_in_the_same_record(site: Site) -> None:
-    out = site.shell("manifests", "demo", *SMOKE, SHORT, "--launcher", "slurm")
+    out = site.shell("manifests", "demo", *SMOKE, f"{SHORT} launch.ranks=1", "--launcher", "slurm")
     name, path = run_id(out), Path(out.splitlines()[-3])
     try:
         job = site.slurm.run("sbatch", "--parsable", str(path))
