@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SPLIT SHORT QUALITY WORKERS \
-	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS START QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON
+	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS START QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON RUNS SEED RECORD
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
@@ -31,7 +31,7 @@ demo:  ## the whole journey on this machine, in minutes
 	@"$$PYTHON" jobs/bootstrap.py demo
 	@.venv/bin/python -m jobs demo
 
-test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes
+test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes [RECORD=1: into tests/durations.json]
 	@$(PYTEST) -n logical --maxprocesses 4 --ignore tests/system
 	@echo "left out: whole runs with a real S3 server, SLURM, Ray and the image: make test-system (root, and the packages of make packages)"
 
