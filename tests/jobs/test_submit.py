@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -169,6 +170,22 @@ def test_resume_takes_folders_from_the_command_and_never_from_the_store(
     assert (seen.get("RETORT_CACHE"), seen["RETORT_SPOOL"]) == (None, f"{tmp_path}/own")
     assert b"/photos" not in run.store.get("recipe.yaml").split(b"data:")[0]
     assert (run.recipe().loader.cache_dir, run.recipe().checkpoint.spool) == ("", "")
+
+
+def test_what_follows_a_run_and_an_evaluation_keep_shards_where_their_command_says(
+    command: Command, tiny_recipe: Path, root: str, tmp_path: Path, ranks_do: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from core.evaluate import run as evaluation
+
+    seen: list[str | None] = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: seen.append(os.environ.get("RETORT_CACHE")) or {})
+    ranks_do("ok")
+    code, out, _ = command("submit", str(tiny_recipe), "--after", "eval", "--set", f"loader.cache_dir={tmp_path}/first")
+    assert code == 0
+    assert command("eval", run_of(out))[0] == 0
+    assert command("eval", run_of(out), "--set", f"loader.cache_dir={tmp_path}/second")[0] == 0
+    assert seen == [f"{tmp_path}/first", None, f"{tmp_path}/second"]
 
 
 def test_a_folder_that_is_no_shard_cache_is_refused_before_anything_is_queued(
