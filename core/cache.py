@@ -194,11 +194,9 @@ class ShardCache:
 
     def _reap(self) -> None:
         """Removes what killed processes have left half downloaded."""
-        for part in self.folder.glob(f"*{PART}"):
-            with suppress(BlockingIOError):
-                if OURS.fullmatch(part.name):
-                    with self._lock(part.name[:STRIPES], fcntl.LOCK_NB):
-                        shutil.rmtree(part, ignore_errors=True)
+        for part in [path for path in self.folder.glob(f"*{PART}") if OURS.fullmatch(path.name)]:
+            with suppress(BlockingIOError), self._lock(part.name[:STRIPES], fcntl.LOCK_NB):
+                shutil.rmtree(part, ignore_errors=True)
 
     def _lock(self, name: str, flags: int = 0) -> AbstractContextManager[None]:
         return locked(self.folder / LOCKS / name, flags)
