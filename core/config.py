@@ -16,6 +16,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
+from core import machine
 from core.limits import check_value
 from core.merge import ConfigError as ConfigError
 from core.merge import Overlay, flatten, load_yaml, merge, nested, parse, read, to_object, without
@@ -114,13 +115,13 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, loadable again by `from_yaml`."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))
+    """The resolved recipe, loadable again by `from_yaml`; without folders of this machine."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(machine.nowhere(recipe))))
 
 
 def from_yaml(text: str, file: str = "recipe.yaml") -> Recipe:
-    """A resolved recipe as stored in a run folder.  Raises ConfigError."""
-    recipe = cast(Recipe, to_object(merge(OmegaConf.structured(Recipe), Recipe, parse(text, file))))
+    """A resolved recipe as stored in a run folder; it names no folders of this machine.  Raises ConfigError."""
+    recipe = machine.nowhere(cast(Recipe, to_object(merge(OmegaConf.structured(Recipe), Recipe, parse(text, file)))))
     check(recipe)
     return recipe
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core import machine, sockets
 from core.storage import StoreError
 from jobs import process
 from jobs.errors import BUG, NotReady, describe
@@ -49,6 +50,14 @@ class Local(Launcher):
     def place(self, recipe: Recipe) -> Placement:
         return place(recipe, gpu_count())
 
+    def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
+        """Raises StoreError where ranks could not keep shards, or send each other tensors, on this machine."""
+        from core.inputs import shard_cache
+
+        shard_cache(recipe.loader)
+        if recipe.loader.workers:
+            sockets.place()
+
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
         return [self._submit(order, placement) for order in orders]
 
@@ -61,7 +70,8 @@ class Local(Launcher):
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NotReady(f"logs: {logs} cannot be made ({error.strerror}): work in a folder of your own") from None
-        child = self._start_supervisor(run, attempt, placement, logs)
+        with machine.told(order.recipe):
+            child = self._start_supervisor(run, attempt, placement, logs)
         own = {**asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
         info = {**order.info, **own}
         assert child.stdin is not None

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core import machine
 from core.storage import StoreError
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
@@ -82,7 +83,8 @@ class Slurm(OnSite):
         array = _sbatch(made, folder, hold=True)
         jobs = [array] if len(orders) == 1 else [f"{array}_{i}" for i in range(len(orders))]
         try:
-            after = {verb: _sbatch(script.after(verb, self.cluster, placement, runs, root, folder, array), folder)
+            places = runs, root, folder, array, machine.named(orders[0].recipe)
+            after = {verb: _sbatch(script.after(verb, self.cluster, placement, *places), folder)
                      for verb in orders[0].after}  # fmt: skip
         except SlurmError:
             queue.call("scancel", array)

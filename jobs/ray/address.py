@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from core import machine
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Launcher, Look, Looks, Order, tries
@@ -121,24 +122,25 @@ class OnCluster(Launcher):
     def _start(self, job: str, order: Order, placement: Placement, at: str) -> None:
         python, after = self.cluster.python or "python", ",".join(order.after)
         line = command.line(python, order.run.id, order.run.root, job, at, placement, self.cluster.cpus_per_task, after)
-        self._give(job, line, round(order.recipe.launch.grace_s) + 60)
+        self._give(job, line, round(order.recipe.launch.grace_s) + 60, order.recipe)
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         job = f"{recipe.name}-workers-{uuid.uuid4().hex[:6]}"
         each = demand(placement.device, self.cluster.cpus_per_task)
         line = command.workers(self.cluster.python or "python", arguments, count, each, placement.threads)
-        self._give(job, line, STOP_S)
+        self._give(job, line, STOP_S, recipe)
         return (
             f"Ray job {job}: {count} workers of {command.told(each)}; ray job logs --follow {job} shows what they say, "
             f"ray job stop {job} ends them (with RAY_ADDRESS={self.address})"
         )
 
-    def _give(self, job: str, line: str, grace_s: int) -> None:
+    def _give(self, job: str, line: str, grace_s: int, recipe: Recipe) -> None:
         """A job whose entry point is one line of shell.  grace_s: from being asked to stop.  Raises NotReady."""
         variables = {
             name: os.environ[name] for name in SHARED if os.environ.get(name) and not _is_here(os.environ[name])
         }
-        variables |= {**self.cluster.network(), **self.cluster.env, "RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
+        variables |= {**self.cluster.network(), **self.cluster.env, **machine.named(recipe)}
+        variables["RAY_JOB_STOP_WAIT_TIME_S"] = str(grace_s)
         others = [f"/{path.name}" for path in REPOSITORY.iterdir() if path.name not in NAMES]
         code = {"working_dir": str(REPOSITORY), "excludes": [*others, "__pycache__"], "env_vars": variables}
         limit = time.monotonic() + AGENT_S

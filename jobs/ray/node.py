@@ -10,11 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from core.private import own_folder, private_folder
 from jobs import process, ranks_env
 from jobs.errors import OK, PREEMPTED
 from jobs.launchers.ending import Exit, reason
@@ -44,7 +44,7 @@ def work(about: dict[str, Any]) -> None:
     run = Run(about["store"], about["run"])
     rank, environment = describe(about)
     end_leftovers(run, about["attempt"], about["grace_s"])
-    own = Path(tempfile.gettempdir()) / f"retort-{os.getuid()}" / "logs" / tagged(run.id, run.root)
+    own = private_folder(own_folder("logs")) / tagged(run.id, run.root)
     folder = own / f"attempt-{about['attempt']:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"rank-{rank:04d}.log"

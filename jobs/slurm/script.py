@@ -9,8 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from core import machine
 from jobs.cluster import Cluster
 from jobs.errors import PREEMPTED
 from jobs.placement import Placement
@@ -60,19 +62,21 @@ def training(
     }  # fmt: skip
     about = f"Trains {', '.join(runs)}."
     words |= _of_runs(runs, root, placement)
-    return _fill("job.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
+    folders = machine.named(recipe)
+    return _fill("job.sbatch", about, _name(runs), len(runs), logs, cluster, own, words, folders)
 
 
 def after(
-    verb: str, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path, job: str
-) -> Script:
-    """The job that does `verb` on each run once its training has succeeded."""
+    verb: str, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path, job: str,
+    folders: Mapping[str, str] = MappingProxyType({}),
+) -> Script:  # fmt: skip
+    """The job that does `verb` on each run once its training has succeeded.  folders: variables of `core.machine`."""
     wait = f"{'aftercorr' if len(runs) > 1 else 'afterok'}:{job}"
     own = _share(cluster, placement.device)
     own |= {**_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}
     about = f"Does {verb} on {', '.join(runs)} after job {job}."
     words = {"verb": verb, **_of_runs(runs, root, placement)}
-    return _fill("after.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
+    return _fill("after.sbatch", about, _name(runs), len(runs), logs, cluster, own, words, folders)
 
 
 def workers(
@@ -83,7 +87,8 @@ def workers(
     own |= {"signal": f"USR2@{SIGNAL_EARLY_S}", "requeue": "", **_site(cluster, cluster.time_min)}
     about = f"One of {count} workers on {recipe.name}: {shlex.join(arguments)}"
     words = {"arguments": shlex.join(arguments), "threads": str(placement.threads), "again": str(PREEMPTED)}
-    return _fill("workers.sbatch", about, f"{recipe.name}-workers", count, logs, cluster, own, words)
+    name, folders = f"{recipe.name}-workers", machine.named(recipe)
+    return _fill("workers.sbatch", about, name, count, logs, cluster, own, words, folders)
 
 
 def lead_s(recipe: Recipe) -> int:
@@ -132,13 +137,14 @@ def _site(cluster: Cluster, time_min: int) -> Directives:
 
 def _fill(
     template: str, about: str, name: str, tasks: int, logs: Path, cluster: Cluster, own: Directives,
-    words: Mapping[str, str],
+    words: Mapping[str, str], folders: Mapping[str, str],
 ) -> Script:  # fmt: skip
     array = {"array": f"0-{tasks - 1}"} if tasks > 1 else {}
     directives = {"job-name": f"retort-{name}", **own, **array,
                   "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
     place, retort = _container(cluster)
-    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env}
+    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env,
+               **folders}  # fmt: skip
     if not cluster.container:
         exports["PYTHONPATH"] = str(REPOSITORY)
     given = {

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from core import machine
 from jobs import extract, spec
 from jobs.advice import advise
 from jobs.errors import BUG, OK, UserError, nearest
@@ -62,7 +63,8 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
     works, count = planned(recipe, root, split, launcher.gpus()), workers(settings.nproc, launcher, placement)
     if lacking(works) and (launcher.queues or count > 1):
         line = extract.arguments(root, extract.order(root, recipe, split))
-        say(launcher.workers(line, count, recipe, placement))
+        with machine.told(recipe):
+            say(launcher.workers(line, count, recipe, placement))
         if launcher.queues:
             print("the same command with DRY=1 says how far they are; without it, it adds workers while some is left")
             return OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from core import machine
 from jobs import hub, inputs, launchers, preflight, spec
 from jobs.errors import OK, UserError, nearest
 from jobs.launchers import Launcher, Order
@@ -142,7 +143,8 @@ def launch(order: Order, launcher: Launcher, placement: Placement, settings: Set
 
     code = follow(run, order.attempt, launcher)
     if code == OK and not launcher.queues and run.last().state == State.SUCCEEDED:
-        code = max((_verb(verb, run) for verb in order.after), default=OK)
+        with machine.told(order.recipe):
+            code = max((_verb(verb, run) for verb in order.after), default=OK)
     return _finish(code, run.id)
 
 

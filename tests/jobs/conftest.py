@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from core import machine
 from jobs.record import Run
 from jobs.settings import Settings
 
@@ -26,7 +27,7 @@ def fake_worker(deed: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No option of the shell or the make that runs the tests reaches a command under test."""
-    for name in [*(n.upper() for n in Settings.__dataclass_fields__), "RETORT_STORE"]:
+    for name in [*(n.upper() for n in Settings.__dataclass_fields__), "RETORT_STORE", *machine.FIELDS]:
         monkeypatch.delenv(name, raising=False)
     for name in ("RAY_ADDRESS", "KUBECONFIG"):
         monkeypatch.delenv(name, raising=False)

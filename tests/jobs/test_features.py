@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from core.config import load
 from core.storage import open_store
 from jobs import cli, extract, launchers
 from jobs.errors import BUG
@@ -169,3 +170,9 @@ def test_a_worker_that_is_asked_to_leave_ends_with_what_to_do_next(signum: signa
     with pytest.raises(SystemExit) as left:
         extract._leave(signum, None)
     assert left.value.code == code
+
+
+def test_an_order_in_the_store_names_no_folder_of_a_machine(tiny_recipe: Path, root: str) -> None:
+    recipe = load(str(tiny_recipe), dotlist=["loader.cache_dir=/nvme"])
+    stored = open_store(root).get(f"{extract.ORDERS}/{extract.order(root, recipe, ['train'])}.json")
+    assert b"nvme" not in stored

@@ -18,7 +18,7 @@ from core.data.tar_scan import scan_tar
 from core.data.tar_source import TarSource
 from core.data.tar_table import tar_table
 from core.folder import FileStore
-from core.storage import Store, open_store
+from core.storage import Store, StoreError, open_store
 from tests.core.data.images import jpeg
 from tests.core.data.tars import labelled, special, tar
 
@@ -262,3 +262,25 @@ def test_a_table_survives_being_kept(store: FileStore, tmp_path: Path) -> None:
     )
     assert again.rows.tobytes() == first.rows.tobytes()
     assert again.key_ends.tolist() == [2]
+
+
+def test_scans_are_kept_where_only_this_user_can_read_and_plant_them(store: FileStore, scans: Path) -> None:
+    store.put("a.tar", labelled([jpeg(0)]))
+    open_source(store.uri)
+    (kept,) = scans.glob("retort-scans-*")
+    assert kept.stat().st_mode & 0o777 == 0o700
+    kept.chmod(0o777)
+    with pytest.raises(StoreError, match=f"scans of tars, {kept}: others may write to it"):
+        open_source(store.uri)
+
+
+def test_the_lock_of_a_scan_empties_no_file_that_a_link_leads_to(store: FileStore, scans: Path, tmp_path: Path) -> None:
+    store.put("a.tar", labelled([jpeg(0)]))
+    open_source(store.uri)
+    (lock,) = scans.glob("retort-scans-*/*.lock")
+    (tmp_path / "thesis").write_text("years of work")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "thesis")
+    with pytest.raises(OSError, match="symbolic link"):
+        open_source(store.uri)
+    assert (tmp_path / "thesis").read_text() == "years of work"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from core.recipe import Loader, Recipe
 from jobs.cluster import Cluster
 from jobs.errors import NotReady
+from jobs.placement import Placement
 from jobs.ray import address
 from jobs.ray.address import OnCluster
 
@@ -31,3 +35,13 @@ def test_a_job_of_a_cluster_that_says_nothing_is_not_judged(silent: str) -> None
     look = OnCluster(silent, Cluster()).look({"job": "demo-1", "at": silent})
     assert look.alive is None
     assert "timed out" in look.text
+
+
+def test_folders_of_the_recipe_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    cluster = OnCluster("http://head:8265", Cluster(env={"RETORT_CACHE": "/local", "RETORT_SPOOL": "/local"}))
+    monkeypatch.setattr(cluster, "_client", SimpleNamespace(submit_job=lambda **job: given.append(job)))
+    recipe = Recipe(name="demo", loader=Loader(cache_dir="/nvme"))
+    cluster.workers(["-m", "x"], 2, recipe, Placement(1, "cpu", 1))
+    variables = given[0]["runtime_env"]["env_vars"]
+    assert (variables["RETORT_CACHE"], variables["RETORT_SPOOL"]) == ("/nvme", "/local")

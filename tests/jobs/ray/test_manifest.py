@@ -256,6 +256,12 @@ def test_variables_of_the_cluster_file_win_and_none_is_there_twice() -> None:
     assert len(container(made)["env"]) == len(variables(made))
 
 
+def test_folders_of_the_recipe_reach_the_ranks() -> None:
+    made = job(made=replace(recipe(), loader=Loader(cache_dir="/cache/shards")))
+    assert variables(made)["RETORT_CACHE"] == "/cache/shards"
+    assert "RETORT_CACHE" not in variables(made, "head")
+
+
 # ---- volumes
 
 

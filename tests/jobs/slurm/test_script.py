@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from core.recipe import Launch, Recipe, Train
+from core import machine
+from core.recipe import Launch, Loader, Recipe, Train
 from jobs.cluster import Cluster, load, names
 from jobs.placement import Placement
 from jobs.slurm import script
@@ -151,3 +154,16 @@ def test_shellcheck_finds_nothing_in_a_rendered_script(name: str, tmp_path: Path
         path.write_text(text)
         done = subprocess.run([shellcheck, "--shell=bash", "--exclude=SC1091", path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_folders_of_the_nodes_come_from_the_submission_then_from_the_cluster_file() -> None:
+    recipe = Recipe(name="demo", loader=Loader(cache_dir="/nvme/it's mine"))
+    cluster = replace(RICH, env={"RETORT_CACHE": "/local", "RETORT_SPOOL": "/local/spool"})
+    folders = machine.named(recipe)
+    made = [script.training(recipe, cluster, FOUR, ["demo-1"], "s3://b/p", Path("/logs")),
+            script.workers(["-m", "x"], 2, recipe, cluster, FOUR, Path("/logs")),
+            script.after("eval", cluster, FOUR, ["demo-1"], "s3://b/p", Path("/logs"), "12", folders)]  # fmt: skip
+    for each in made:
+        (line,) = [line for line in each.text.splitlines() if line.startswith("export ")]
+        found = dict(word.split("=", 1) for word in shlex.split(line)[1:])
+        assert (found["RETORT_CACHE"], found["RETORT_SPOOL"]) == ("/nvme/it's mine", "/local/spool")
