@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from core.limits import check_value
 from core.merge import ConfigError as ConfigError
-from core.merge import Overlay, flatten, load_yaml, merge, nested, parse, read, to_object, without
+from core.merge import Overlay, TooLarge, flatten, load_yaml, merge, nested, parse, read, to_object, without
 from core.merge import nearest as nearest
 from core.models import known
 from core.recipe import PARTS, SCHEMA, Data, Recipe, Train
@@ -183,8 +183,9 @@ def _override(item: str) -> Overlay:
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
         value = load_yaml(text) if text else ""  # key= empties a field
-    except yaml.YAMLError:
-        raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
+    except yaml.YAMLError as error:
+        why = f": {error}" if isinstance(error, TooLarge) else ""
+        raise ConfigError(f"SET {key}: {text[:200]!r} is not a valid YAML value{why}") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as a string
     return Overlay(nested(key, value), "SET")
