@@ -184,26 +184,28 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def _require_plain(overlay: Overlay) -> None:
     """Raises ConfigError: nothing is filled in here, and what scripts are made of is one line of text."""
-    for key, text in _texts(overlay.values):
+    for key, text in texts(overlay.values):
         dotted = _join(overlay.prefix, key)
         if "${" in text:
             advice = "nothing is filled in here: write the value itself (in a line of shell, $NAME without braces)"
-            raise ConfigError(f"{overlay.place(key)}: {one_line(dotted)}: ${{...}} in {text!r}; {advice}")
+            raise ConfigError(f"{overlay.place(key)}: {one_line(dotted)}: ${{...}} in {text[:200]!r}; {advice}")
         if found := control(text, lines=dotted.partition(".")[0] in PROSE):
-            raise ConfigError(f"{overlay.place(key)}: {one_line(dotted)}: must be one line, and {text!r} holds {found}")
+            raise ConfigError(
+                f"{overlay.place(key)}: {one_line(dotted)}: must be one line, and {text[:200]!r} holds {found}"
+            )
 
 
-def _texts(values: Any, above: str = "") -> Iterator[tuple[str, str]]:
+def texts(values: Any, above: str = "") -> Iterator[tuple[str, str]]:
     """Every text among the values, keys included, with the dotted key of the field that it stands in."""
     if isinstance(values, str):
         yield above, values
     elif isinstance(values, dict):
         for key, value in values.items():
             yield above, str(key)
-            yield from _texts(value, _join(above, str(key)))
+            yield from texts(value, _join(above, str(key)))
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _texts(value, above)
+            yield from texts(value, above)
 
 
 def _index(node: Any, above: str, lines: dict[str, int], file: str) -> None:

@@ -20,10 +20,13 @@ def control(text: str, lines: bool = False) -> str:
     return _named(found) if found else ""
 
 
-def shown(text: str) -> str:
-    """The text for a terminal: its lines and tabs, without escape sequences, other control characters spelt out."""
+def shown(text: str, spelt: bool = True) -> str:
+    """The text for a terminal or a page: its lines and tabs, without escape sequences.
+
+    spelt: other control characters are spelt out, else left out.
+    """
     text = SEQUENCE.sub("", text).replace("\r\n", "\n")
-    return CONTROL.sub(lambda found: found[0] if found[0] in KEPT else _named(found[0]), text)
+    return CONTROL.sub(lambda found: found[0] if found[0] in KEPT else _named(found[0]) if spelt else "", text)
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from core.merge import ConfigError, merge, nearest, read, to_object
-from jobs.errors import SECRET_NAME
+from jobs.errors import is_secret
 from jobs.ray.site import Kubernetes, Mistakes, mistakes, plain
 
 FOLDER = Path(__file__).resolve().parent / "clusters"
@@ -122,7 +122,7 @@ def _mistakes(cluster: Cluster) -> Mistakes:
     for name in cluster.env:
         if not VARIABLE.fullmatch(name):
             yield "env", f"{name!r} cannot be a variable"
-        if SECRET_NAME.search(name.upper().replace("TOKENIZERS", "")):
+        if is_secret(name):
             yield "env", (f"{name} looks like a secret, and many read what is made of this file: on Kubernetes name a "
                           "Secret under kubernetes.secrets, on SLURM leave it to the files in ~/.aws")  # fmt: skip
     for name in cluster.extra:

