@@ -21,6 +21,7 @@ from core.merge import ConfigError as ConfigError
 from core.merge import Overlay, TooLarge, flatten, load_yaml, merge, nested, parse, read, to_object, without
 from core.merge import nearest as nearest
 from core.models import known
+from core.models.arguments import check_arguments
 from core.recipe import PARTS, SCHEMA, Data, Recipe, Train
 
 RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
@@ -77,6 +78,8 @@ def check(recipe: Recipe) -> None:
         for name in getattr(recipe, group):
             if not re.fullmatch(NAME, name):
                 raise ConfigError(f"{group}: the name {name!r} must be made of letters, digits, _ and -")
+    for name, teacher in recipe.teachers.items():
+        check_arguments(teacher.args, f"teachers.{name}")
     flat = flatten(without(to_dict(recipe), "stages"))
     for stage in recipe.stage_names():
         prefix = f"stages.{stage}" if recipe.stages else "train"
@@ -84,6 +87,7 @@ def check(recipe: Recipe) -> None:
         own = recipe.at(stage)
         _check_weights(own.data)
         parts = recipe.stages.get(stage, {}).keys() & PARTS.keys()
+        check_arguments(own.student.args, f"{prefix}.student" if "student" in parts else "student")
         flat |= flatten({f"{prefix}.{part}": dataclasses.asdict(getattr(own, part)) for part in parts})
     for key, value in flat.items():
         check_value(key, value, PARTS)

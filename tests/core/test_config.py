@@ -317,6 +317,19 @@ def test_what_a_recipe_says_of_itself_may_have_several_lines(write: Write) -> No
     assert load(write("about:\n  paper: |\n    one\n    two\n")).about.paper == "one\ntwo\n"
 
 
+@pytest.mark.parametrize("args", ["{checkpoint_path: /x}", "{pretrained_cfg: {file: /x}}", "{init_values: null}"])
+def test_arguments_that_would_not_be_as_stated_are_refused_when_the_recipe_is_read(write: Write, args: str) -> None:
+    name = args[1:].partition(":")[0]
+    for more, place in (
+        (f"student: {{args: {args}}}\n", "student"),
+        (f"stages: {{a: {{student: {{args: {args}}}}}}}\n", "stages.a.student"),
+    ):
+        assert refusal(write(more)).startswith(f"{place}.args.{name}: ")
+    assert refusal(write(), "", [f"teachers.one.args={args}"]).startswith(f"teachers.one.args.{name}: ")
+    with pytest.raises(ConfigError, match=rf"^student.args.{name}: "):
+        from_yaml(to_yaml(load(write())).replace("  args: {}", f"  args: {args}", 1))
+
+
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)
 )
