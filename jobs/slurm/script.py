@@ -139,6 +139,7 @@ def _fill(
                   "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
     place, retort = _container(cluster)
     exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env}
+    exports["PYTHONSAFEPATH"] = "1"  # jobs work in the folder from which they were submitted
     if not cluster.container:
         exports["PYTHONPATH"] = str(REPOSITORY)
     given = {

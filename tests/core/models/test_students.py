@@ -166,7 +166,7 @@ WINDOWS = {"depths": (1, 1), "num_heads": (2, 3), "embed_dim": 6, "window_size":
 @pytest.mark.parametrize(
     ("name", "args", "size"),
     [("swinv2_base_window8_256", WINDOWS, 16), (SWIN, WINDOWS, 16),
-     ("fasternet_t0", {}, 64), (VIT, TINY, 16), ("repvit_m1", {}, 32)],
+     ("fasternet_t1", {}, 64), (VIT, TINY, 16), ("repvit_m1", {}, 32)],
 )  # fmt: skip
 def test_no_stochastic_depth_is_none_whatever_timm_does_by_itself(name: str, args: dict[str, Any], size: int) -> None:
     model, _ = build_student(Student(name, args), size, 0, ".")

@@ -64,6 +64,7 @@ def test_runs_of_an_array_have_a_task_and_a_log_each() -> None:
 def test_ranks_get_their_variables_from_one_place() -> None:
     text = training(RICH)
     assert "export OMP_NUM_THREADS=3 " in text
+    assert " PYTHONSAFEPATH=1" in text
     assert "NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO NOTE='two words; $(id)'" in text
     assert "--cpu-bind=cores" in text
     assert "--cpu-bind" not in training(RICH, Placement(2, "cpu", 1))
