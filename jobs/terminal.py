@@ -15,7 +15,7 @@ from jobs.errors import redact
 def guarded() -> Iterator[None]:
     """Everything that is printed meanwhile goes through `safe`, wherever it was read."""
     plain = sys.stdout
-    sys.stdout = Guarded(plain)  # type: ignore[assignment]
+    sys.stdout = Guarded(plain)
     try:
         yield
     finally:
