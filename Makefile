@@ -12,6 +12,9 @@ VERBS := recipes teachers plan doctor submit status logs cancel resume shards fe
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
 
+# Python takes Retort from here, and nothing from whatever folder its processes work in.
+JOBS := PYTHONSAFEPATH=1 PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m jobs
+
 # Each process takes whole files, the longest first, and computes in one thread: more would wait for each other's.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder
 # Tests of clusters wait a lot: one more process than two cores could feed.
@@ -29,7 +32,7 @@ setup:  ## the virtual environment from the lock file, when it is missing or sta
 
 demo:  ## the whole journey on this machine, in minutes
 	@"$$PYTHON" jobs/bootstrap.py demo
-	@.venv/bin/python -m jobs demo
+	@$(JOBS) demo
 
 test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes [RECORD=1: into tests/durations.json]
 	@$(PYTEST) -n logical --maxprocesses 4 --ignore tests/system
@@ -52,14 +55,14 @@ lint: setup  ## ruff, mypy and hadolint
 	@.venv/bin/hadolint docker/Dockerfile
 
 $(VERBS): setup
-	@.venv/bin/python -m jobs $@
+	@$(JOBS) $@
 
 bench: setup
 	@if [ -n "$$CHECKPOINT" ]; then .venv/bin/python -m tests.perf.checkpoint; \
 	elif [ -n "$$DATA" ]; then .venv/bin/python -m tests.perf.data; \
 	elif [ -n "$$CODECS" ]; then .venv/bin/python -m tests.perf.codecs; \
 	elif [ -n "$$START" ]; then .venv/bin/python -m tests.perf.start; \
-	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
+	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else $(JOBS) bench; fi
 
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes

@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from core import machine
 from core.limits import check_value
 from core.merge import ConfigError as ConfigError
-from core.merge import Overlay, flatten, load_yaml, merge, nested, parse, read, to_object, without
+from core.merge import Overlay, TooLarge, flatten, load_yaml, merge, nested, parse, read, to_object, without
 from core.merge import nearest as nearest
 from core.models import known
+from core.models.arguments import check_arguments
 from core.recipe import PARTS, SCHEMA, Data, Recipe, Train
 
 RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
@@ -78,6 +79,8 @@ def check(recipe: Recipe) -> None:
         for name in getattr(recipe, group):
             if not re.fullmatch(NAME, name):
                 raise ConfigError(f"{group}: the name {name!r} must be made of letters, digits, _ and -")
+    for name, teacher in recipe.teachers.items():
+        check_arguments(teacher.args, f"teachers.{name}")
     flat = flatten(without(to_dict(recipe), "stages"))
     for stage in recipe.stage_names():
         prefix = f"stages.{stage}" if recipe.stages else "train"
@@ -85,6 +88,7 @@ def check(recipe: Recipe) -> None:
         own = recipe.at(stage)
         _check_weights(own.data)
         parts = recipe.stages.get(stage, {}).keys() & PARTS.keys()
+        check_arguments(own.student.args, f"{prefix}.student" if "student" in parts else "student")
         flat |= flatten({f"{prefix}.{part}": dataclasses.asdict(getattr(own, part)) for part in parts})
     for key, value in flat.items():
         check_value(key, value, PARTS)
@@ -184,8 +188,9 @@ def _override(item: str) -> Overlay:
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
         value = load_yaml(text) if text else ""  # key= empties a field
-    except yaml.YAMLError:
-        raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
+    except yaml.YAMLError as error:
+        why = f": {error}" if isinstance(error, TooLarge) else ""
+        raise ConfigError(f"SET {key}: {text[:200]!r} is not a valid YAML value{why}") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as a string
     return Overlay(nested(key, value), "SET")

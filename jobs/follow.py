@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from core.storage import StoreError
+from core.text import one_line
 from jobs.errors import BUG, OK, PREEMPTED, redact
 from jobs.launchers import Launcher
 from jobs.record import ENDED, Run, State, View
@@ -131,8 +132,8 @@ class Bar:
         steps = view.heartbeat.get("steps")
         if steps and view.heartbeat.get("attempt") == view.last.attempt:
             self._bar.total, self._bar.n = steps, view.heartbeat.get("step", 0)
-        self._bar.set_description_str(f"{view.id} {view.shown}", refresh=False)
-        self._bar.set_postfix_str(_status(view))
+        self._bar.set_description_str(one_line(f"{view.id} {view.shown}"), refresh=False)
+        self._bar.set_postfix_str(one_line(_status(view)))
 
     def close(self) -> None:
         self._bar.close()

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from core import commits
+from core.merge import load_yaml
 from core.metrics import read_metrics
 from core.storage import Entry, MissingObject, Store
 
@@ -59,7 +60,7 @@ class Facts:
     recipe: Json = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", yaml.safe_load(self.recipe_yaml) or {})
+        object.__setattr__(self, "recipe", _recipe(self.recipe_yaml))
 
     @property
     def id(self) -> str:
@@ -90,6 +91,15 @@ class Facts:
             if move["state"] != "created":
                 moves.setdefault(int(move["attempt"]), []).append(move)
         return [_attempt(number, own) for number, own in sorted(moves.items())]
+
+
+def _recipe(text: str) -> Json:
+    """Nothing of a recipe that cannot be read: the page shows its text."""
+    try:
+        found = load_yaml(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def gather(run: Store, root: str, now: float) -> Facts:

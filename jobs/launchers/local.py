@@ -23,7 +23,7 @@ from jobs.launchers.ending import STOP_SIGNALS
 from jobs.launchers.supervisor import Policy, Supervisor
 from jobs.placement import Placement, gpu_count, place
 from jobs.record import IllegalMove, Run, State
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
@@ -89,11 +89,10 @@ class Local(Launcher):
         own = ["--run", run.id, "--store", run.root, "--attempt", str(attempt), "--logs", str(logs)]
         place = ["--ranks", str(placement.ranks), "--device", placement.device, "--threads", str(placement.threads)]
         own += [*place, "--preload", ",".join(self.preload), "--", *self.worker]
-        search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (logs / "supervisor.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "jobs.launchers.local", *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                start_new_session=True, env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True, env={**os.environ, **imports(), "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs.launchers.ending import Exit
 from jobs.launchers.fork_server import Forked, ForkServer
 from jobs.placement import Placement
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 
 class Ranks:
@@ -73,16 +73,14 @@ class Ranks:
 
 def common_environment(placement: Placement) -> dict[str, str]:
     """What all ranks see alike: this process's own environment and what is read while packages are imported."""
-    search = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
         "WORLD_SIZE": placement.ranks,
         "LOCAL_WORLD_SIZE": placement.ranks,
         "OMP_NUM_THREADS": placement.threads,
         "DS_ACCELERATOR": placement.device,  # or DeepSpeed would ask CUDA, behind which no process may be forked
         "PYTHONUNBUFFERED": 1,
-        "PYTHONPATH": os.pathsep.join(search),
     }
-    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+    return {**os.environ, **imports(), **{name: str(value) for name, value in own.items()}}
 
 
 def rank_environment(rank: int, placement: Placement, port: int) -> dict[str, str]:

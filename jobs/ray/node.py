@@ -21,7 +21,7 @@ from jobs.launchers.ending import Exit, reason
 from jobs.logkeeper import LogKeeper
 from jobs.ray.command import tagged
 from jobs.record import Run
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 ECHO_S = 2.0  # by which a rank that failed lets one that was killed, whose echo it may be, be heard first
 SPARE_S = 30.0  # beyond the grace that ranks have
@@ -70,11 +70,10 @@ def describe(about: dict[str, Any]) -> tuple[int, dict[str, str]]:
         "LOCAL_RANK": me.get_local_rank(), "LOCAL_WORLD_SIZE": me.get_local_world_size(),
         ranks_env.NODE: me.get_node_rank(), ranks_env.START: about["start"],
         "OMP_NUM_THREADS": about["threads"], "PYTHONUNBUFFERED": 1,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "DS_ACCELERATOR": about["device"],
     }  # fmt: skip
     # Nothing says where the ranks are to meet: they do so as under SLURM (jobs.ranks_env.meet).
-    return me.get_world_rank(), {**os.environ, **{name: str(value) for name, value in own.items()}}
+    return me.get_world_rank(), {**os.environ, **imports(), **{name: str(value) for name, value in own.items()}}
 
 
 def start(about: dict[str, Any], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from core import machine
 from jobs.cluster import Cluster
-from jobs.errors import PREEMPTED
+from jobs.errors import PREEMPTED, line
 from jobs.placement import Placement
 from jobs.settings import Settings
 from jobs.spec import REPOSITORY
@@ -145,22 +145,26 @@ def _fill(
     place, retort = _container(cluster)
     exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env,
                **folders}  # fmt: skip
+    exports["PYTHONSAFEPATH"] = "1"  # jobs work in the folder from which they were submitted
     if not cluster.container:
         exports["PYTHONPATH"] = str(REPOSITORY)
     given = {
-        **words, "about": about, "template": template, "directives": render(directives),
-        "setup": "\n".join(cluster.setup) or ": # nothing to set up",
+        **words, "about": about, "template": template,
         "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         "logs": shlex.quote(str(logs)), "place": place,
         "retort": shlex.join(retort), "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN]),
     }  # fmt: skip
+    given = {name: line(value, f"the batch script's {name}") for name, value in given.items()}
+    setup = "\n".join(line(each, "setup") for each in cluster.setup) or ": # nothing to set up"
+    given |= {"directives": render(directives), "setup": setup}
     text = (TEMPLATES / template).read_text()
     return Script(directives, re.sub(r"@([a-z_]+)@", lambda found: given[found[1]], text))
 
 
 def render(directives: Directives) -> str:
+    """Raises UserError for what would be more than a line: in a batch script the next one is a command."""
     given = {key: f"={shlex.quote(value)}" if value else "" for key, value in directives.items()}
-    return "\n".join(f"#SBATCH --{key}{value}" for key, value in given.items())
+    return "\n".join(f"#SBATCH --{line(key + value, f'the option {key!r}')}" for key, value in given.items())
 
 
 def _container(cluster: Cluster) -> tuple[str, list[str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 
+from core.text import one_line
 from jobs import launchers
 from jobs.errors import OK, UserError
 from jobs.record import ENDED, Run
 from jobs.settings import Settings
+from jobs.terminal import safe
 
 POLL_S = 1.0
 
@@ -42,8 +44,8 @@ def _print(run: Run, name: str, tail: int, shown: dict[str, int]) -> dict[str, i
         start = shown.get(key, 0)
         if (name and not key.endswith(f"/{name}")) or (key in shown and len(text) <= start):
             continue
-        lines = text[start:].splitlines()
-        print(f"==> {key} <==")
+        lines = list(map(safe, text[start:].splitlines()))
+        print(f"==> {one_line(key)} <==")
         print("\n".join(lines[-tail:] if tail and not start else lines), flush=True)
         now[key] = len(text)
     return now

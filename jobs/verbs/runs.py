@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from core.text import one_line
 from jobs import launchers
 from jobs.errors import OK, UserError
 from jobs.follow import duration, progress_text
@@ -60,9 +61,9 @@ def _detail(run: Run, as_json: bool) -> int:
     record = run.record()
     print(f"run       {run.id}\nstate     {view.shown} (attempt {view.last.attempt})\nfolder    {run.uri}")
     overrides = " ".join(record.get("dotlist", ()))
-    print(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}")
-    print(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}")
-    print(f"progress  {progress_text(view.heartbeat) or 'none yet'}")
+    print(one_line(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}"))
+    print(one_line(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}"))
+    print(one_line(f"progress  {progress_text(view.heartbeat) or 'none yet'}"))
     look = run.look(view.last) if view.last.state not in (State.CREATED, *ENDED) else None
     if look and look.text and not view.lost:
         print(f"queue     {look.text}")

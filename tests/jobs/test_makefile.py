@@ -66,6 +66,14 @@ def test_values_arrive_as_they_are_and_are_not_run(project: Path, value: str, wa
     assert (project / "record.arguments").read_text().split() == ["-m", "jobs", "submit"]
 
 
+@pytest.mark.parametrize("verb", ["submit", "demo", "bench"])
+def test_commands_take_their_code_from_the_makefile_s_folder_alone(project: Path, verb: str) -> None:
+    _, seen = make(project, verb, PYTHONPATH="/own/methods")
+    assert (seen["PYTHONSAFEPATH"], seen["PYTHONPATH"]) == ("1", f"{project}:/own/methods")
+    _, seen = make(project, verb)
+    assert seen["PYTHONPATH"] == str(project)
+
+
 def test_every_option_of_the_command_line_is_passed_on(project: Path) -> None:
     names = {name.upper() for verb in cli.VERBS.values() for name in (*verb.takes, *verb.options)}
     _, seen = make(project, "submit", *(f"{name}=v-{name}" for name in names))

