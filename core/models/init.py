@@ -23,7 +23,8 @@ def init_student(model: nn.Module, bound: float = STD) -> bool:
     """
     if isinstance(model, Beit):
         _draw(model.modules(), bound)
-        _normal(model.cls_token, bound)
+        if model.num_prefix_tokens:
+            _normal(model.cls_token, bound)
         rescale_branches([*model.blocks])
     elif isinstance(model, SwinTransformerV2):
         _draw(model.modules(), 2.0)
