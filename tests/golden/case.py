@@ -1,4 +1,4 @@
-"""One recorded case: its arrays by name, which remember where they come from, so that the runner can tell what was used."""
+"""One recorded case: its arrays by name, which remember what they are, so that the runner can tell what was used."""
 
 from __future__ import annotations
 

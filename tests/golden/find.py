@@ -33,6 +33,8 @@ def find_unit(path: Path, case: Case) -> tuple[str, Any] | None:
     method = method_of(path, known)
     names = [method] if method else sorted(known)
     named = [(name, unit) for name in names if (unit := longest_prefix(path.stem, known[name].UNITS))]
+    longest = max((len(unit) for _, unit in named), default=0)
+    named = [(name, unit) for name, unit in named if len(unit) == longest]
     if len(named) != 1:
         named = nearest(case, named or [(name, unit) for name in names for unit in known[name].UNITS])
     return (named[0][0], known[named[0][0]].UNITS[named[0][1]]) if named else None

@@ -55,10 +55,15 @@ def run_case(path: Path) -> Result:
         method, unit = found
         checks = list(unit(case))
         unread = tuple(key for key in case if key not in case.read and not recorded.left_out(method, key))
-        wrong = [*_copied(case, checks), *_deviations(method, checks), *_not_compared(method, case, checks)]
+        wrong = judge(method, case, checks)
         return Result(name, not wrong, ", ".join(wrong) or _worst(method, checks), unread)
     except Exception as error:  # a case that cannot run is a failed case
         return Result(name, False, f"{type(error).__name__}: {error}")
+
+
+def judge(method: str, case: Case, checks: list[Check]) -> list[str]:
+    """What is wrong with a case whose unit gave these checks."""
+    return [*_copied(case, checks), *_deviations(method, checks), *_not_compared(method, case, checks)]
 
 
 def _errors(method: str, checks: list[Check]) -> list[tuple[float, float, str]]:
@@ -81,7 +86,8 @@ def _not_compared(method: str, case: Case, checks: list[Check]) -> list[str]:
     if not checks:
         return ["the unit compared nothing"]
     compared = set().union(*(_names(want) for _, _, want, _ in checks))
-    compared |= {key for key in case for array, *_ in checks if array == key or array.startswith((f"{key} ", f"{key}."))}
+    names = [name for name, *_ in checks]
+    compared |= {key for key in case for name in names if name == key or name.startswith((f"{key} ", f"{key}."))}
     results = {key for key in case if recorded.is_result(method, key)}
     if results and not results & compared:
         return ["none of the recorded results is compared"]
