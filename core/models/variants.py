@@ -10,12 +10,10 @@ rpe_hidden        SwinV2: width of the bias networks, 512 in timm
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
-from timm.models.beit import Beit
-from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from core.models.clip import set_norm_eps
@@ -25,19 +23,23 @@ from core.models.rel_pos import CLS_ROWS
 
 def own_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a network's arguments that are not timm's.  name: one that timm knows."""
-    known = ("norm_eps", *VARIANTS.get(timm.model_entrypoint(name).__module__.rpartition(".")[2], {}))
-    return {key: args[key] for key in known if key in args}
+    return {key: args[key] for key in ("norm_eps", *_variants(name)) if key in args}
 
 
 def vary(model: nn.Module, name: str, own: Mapping[str, Any]) -> nn.Module:
     """The same model, changed as its own arguments say.  Raises ValueError where they contradict each other."""
-    for key, change in VARIANTS.get(timm.model_entrypoint(name).__module__.rpartition(".")[2], {}).items():
+    for key, change in _variants(name).items():
         if key in own:
             change(model, own[key])
     return set_norm_eps(model, float(own["norm_eps"])) if "norm_eps" in own else model
 
 
-def _class_token(beit: Beit, there: bool) -> None:
+def _variants(name: str) -> dict[str, Callable[[nn.Module, Any], None]]:
+    return VARIANTS.get(timm.model_entrypoint(name).__module__.rpartition(".")[2], {})
+
+
+def _class_token(model: nn.Module, there: bool) -> None:
+    beit = cast(Any, model)  # timm's Beit
     if there:
         return
     if beit.global_pool == "token":
@@ -54,7 +56,8 @@ def _class_token(beit: Beit, there: bool) -> None:
     fuse_attention(beit)  # timm's attention counts a class token
 
 
-def _rpe_hidden(swin: SwinTransformerV2, width: int) -> None:
+def _rpe_hidden(model: nn.Module, width: int) -> None:
+    swin = cast(Any, model)  # timm's SwinTransformerV2
     for stage in swin.layers:
         for block in stage.blocks:
             inner, activation, outer = block.attn.cpb_mlp
@@ -64,15 +67,15 @@ def _rpe_hidden(swin: SwinTransformerV2, width: int) -> None:
             block.attn.cpb_mlp = nn.Sequential(inner, activation, outer)
 
 
-def _shared_bias(swin: SwinTransformerV2, shared: bool) -> None:
-    for stage in swin.layers if shared else ():
+def _shared_bias(model: nn.Module, shared: bool) -> None:
+    for stage in cast(Any, model).layers if shared else ():
         stage.rel_pos_bias = StageBias(stage.blocks[0].attn)
         for block in stage.blocks:
             block.attn = CosineAttention(block.attn, stage.rel_pos_bias)
 
 
 # By timm's module, in the order in which they are made.
-VARIANTS: dict[str, dict[str, Callable[[Any, Any], None]]] = {
+VARIANTS: dict[str, dict[str, Callable[[nn.Module, Any], None]]] = {
     "beit": {"class_token": _class_token},
     "swin_transformer_v2": {"rpe_hidden": _rpe_hidden, "use_shared_rel_pos_bias": _shared_bias},
 }

@@ -97,8 +97,9 @@ def init_stats(case: Case) -> Checks:
             if p.numel() >= LARGE:
                 found = [each[name].detach().double().std() for each in drawn]
                 yield f"std of {name}", torch.stack(found).mean() / std, 1.0, 6e-2
-                bound = max(abs(case["min"][i]), abs(case["max"][i]))
-                yield f"extremes of {name}", bool(p.abs().max() <= 1.6 * bound), True, 0.0
+                bound = 1.6 * max(abs(case["min"][i]), abs(case["max"][i]))
+                for key, value in (("min", p.min()), ("max", p.max())):
+                    yield f"{key} of {name} is no further out", bool(value.abs() <= bound), True, 0.0
 
 
 def _initialised(hp: dict[str, Any], names: list[str], numel: np.ndarray, seed: int) -> dict[str, nn.Parameter]:
@@ -175,9 +176,9 @@ def resolved_configs(case: Case) -> Checks:
         wanted, stage = json.loads(str(text)), "finetune" if "finetune" in kind else "distil"
         for key, value in _resolved(recipe, stage).items():
             want = wanted[key]
-            yield f"{name} {key}", np.asarray(value), np.asarray(want), 1e-9
+            yield f"json of {name} {key}", np.asarray(value), np.asarray(want), 1e-9
         for key, value in _scaled(recipe, stage).items():
-            yield f"{name} scaled {key}", value, wanted["_scaled_at_16_gpus"][key], 1e-9
+            yield f"json of {name} scaled {key}", value, wanted["_scaled_at_16_gpus"][key], 1e-9
 
 
 def _scaled(recipe: Recipe, stage: str) -> dict[str, float]:

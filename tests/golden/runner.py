@@ -54,7 +54,7 @@ def run_case(path: Path) -> Result:
             return Result(name, False, "no unit known for this case")
         method, unit = found
         checks = list(unit(case))
-        unread = tuple(key for key in case if key not in case.read and not recorded.left_out(method, key))
+        unread = tuple(key for key in case if key not in case.read and not recorded.left_out(method, key, case))
         wrong = judge(method, case, checks)
         return Result(name, not wrong, ", ".join(wrong) or _worst(method, checks), unread)
     except Exception as error:  # a case that cannot run is a failed case
@@ -91,7 +91,7 @@ def _not_compared(method: str, case: Case, checks: list[Check]) -> list[str]:
     results = {key for key in case if recorded.is_result(method, key)}
     if results and not results & compared:
         return ["none of the recorded results is compared"]
-    forgotten = [key for key in case if key in results - compared and not recorded.left_out(method, key)]
+    forgotten = [key for key in case if key in results - compared and not recorded.left_out(method, key, case)]
     return [f"{key} is recorded, but not compared" for key in forgotten]
 
 
