@@ -281,12 +281,11 @@ def diag_attention(case: Case) -> Checks:
 
 def landscape_tiny(case: Case) -> Checks:
     model = classifier(case)
-    names = {name: name.removeprefix("encoder.") for name, _ in model.named_parameters()}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     directions = []
     for number in (1, 2):
-        raw = params(case, f"raw{number}/")
-        directions.append(landscape.filter_normalised({k: raw[n] for k, n in names.items()}, weights))
+        raw = {in_module(name, meta(case)): value for name, value in params(case, f"raw{number}/").items()}
+        directions.append(landscape.filter_normalised({name: raw[name] for name in weights}, weights))
     parts = {"head": "head.weight", "patch": "encoder.patch_embed.proj.weight"}
     for key in (key for key in case if re.fullmatch(r"dir\d_(head|patch)", key)):
         yield key, directions[int(key[3]) - 1][parts[key[5:]]], case[key], 1e-10
