@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from core import machine
@@ -85,7 +87,9 @@ def schedule(settings: Train, samples: int) -> tuple[Train, int]:
             f"train.batch: {settings.batch} is more than the {samples} images of data.source; use a smaller batch"
         )
     steps = settings.steps or settings.epochs * per_epoch
-    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else round(settings.warmup_epochs * per_epoch)
+    # Rounded down as in the releases; of the decimal number in the recipe, so that 0.29 epochs of 100 steps are 29.
+    by_epochs = math.floor(Fraction(str(settings.warmup_epochs)) * per_epoch)
+    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else by_epochs
     return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
 
 

@@ -39,9 +39,9 @@ def merge_moments(stacked_M2D: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean_D, (squares_D / (total - 1)).sqrt()
 
 
-def standardise(z_D: Tensor, mean_D: Tensor, std_D: Tensor) -> Tensor:
-    """(z - mean) / (std + 1e-6) over the last axis: (..., D) -> (..., D) in float32 or wider."""
-    return (z_D.to(torch.promote_types(z_D.dtype, mean_D.dtype)) - mean_D) / (std_D + STD_FLOOR)
+def standardise(z_D: Tensor, mean_D: Tensor, std_D: Tensor, floor: float = STD_FLOOR) -> Tensor:
+    """(z - mean) / (std + floor) over the last axis: (..., D) -> (..., D) in float32 or wider."""
+    return (z_D.to(torch.promote_types(z_D.dtype, mean_D.dtype)) - mean_D) / (std_D + floor)
 
 
 class RunningStats(nn.Module):
@@ -54,20 +54,21 @@ class RunningStats(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, floor: float = STD_FLOOR) -> None:
         super().__init__()
+        self.floor = floor
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
         self.register_buffer("std", torch.ones(dim, dtype=torch.float32))
 
     def forward(self, z_D: Tensor) -> Tensor:
         """(..., D) -> (..., D) in float32 or wider."""
-        return standardise(z_D, self.mean, self.std)
+        return standardise(z_D, self.mean, self.std, self.floor)
 
     @torch.no_grad()
     def update(self, mean_D: Tensor, std_D: Tensor, momentum: float) -> None:
         """Move by `momentum` (1 replaces, 0 leaves alone) towards the statistics of a batch, (D,) each."""
         self.mean.mul_(1.0 - momentum).add_(mean_D, alpha=momentum)
-        self.std.mul_(1.0 - momentum).add_(std_D + STD_FLOOR, alpha=momentum)
+        self.std.mul_(1.0 - momentum).add_(std_D + self.floor, alpha=momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStats:
         # A model cast to bf16 as a whole must not take its statistics along: 8 bits cannot hold a slow average.

@@ -17,6 +17,14 @@ def last_layers(model: torch.nn.Module, images: Tensor, count: int) -> list[Tens
     return [vit.norm(x) for x in deque(iterate_taps(vit, images), maxlen=count)]
 
 
+def feature_maps(model: torch.nn.Module, images: Tensor, count: int) -> list[Tensor]:
+    """Patch tokens of `last_layers` as maps (B, D, h, w), which dense heads read: images (B, 3, H, W)."""
+    vit = as_vit(model)
+    height, width = (side // patch for side, patch in zip(images.shape[-2:], vit.patch_embed.patch_size, strict=True))
+    layers = last_layers(model, images, count)
+    return [x[:, vit.num_prefix_tokens :].mT.unflatten(2, (height, width)) for x in layers]
+
+
 def class_features(model: torch.nn.Module, images: Tensor, count: int, patch_mean: bool = False) -> Tensor:
     """First class tokens of the last `count` blocks side by side: (B, count D).
 

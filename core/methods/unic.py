@@ -36,7 +36,8 @@ class UnicOptions:
 
     hidden: int = 768  # of the ladder's projectors
     last_hidden: int = 3072  # of those on the last block
-    prenorm: bool = False
+    prenorm: bool = False  # a LayerNorm in front of every projector
+    midnorm: bool = False  # one between its two layers
     lambda_cos: float = 0.5
     lambda_sl1: float = 0.5
     drop: float = 0.5  # probability that a teacher other than the worst imitated one is left out
@@ -213,7 +214,8 @@ class Unic(Method):
 
     def _ladder(self, info: Info, teachers: dict[str, Info]) -> Ladder:
         o, dims = self.options, {name: teacher.dim for name, teacher in teachers.items()}
-        return Ladder(info.dim, dims, list(range(info.depth)), info.depth, o.hidden, o.last_hidden, o.prenorm)
+        widths, norms = (o.hidden, o.last_hidden), (o.prenorm, o.midnorm)
+        return Ladder(info.dim, dims, list(range(info.depth)), info.depth, *widths, *norms)
 
     def _stats(self, teacher: str, token: str) -> RunningStats:
         return cast(RunningStats, self.stats[f"{teacher}/{token}"])

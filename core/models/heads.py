@@ -15,23 +15,32 @@ LN_EPS = 1e-5
 
 
 class Projector(nn.Module):
-    """Parameters of one two-layer MLP, named as released: layers.0 and layers.2, moved up by one behind a LayerNorm."""
+    """Parameters of one two-layer MLP, named as released: layers.0 and layers.2, moved up by one behind a LayerNorm.
 
-    def __init__(self, dim: int, hidden: int, out: int, prenorm: bool) -> None:
+    prenorm: a LayerNorm in front.  midnorm: one between the first layer and the GELU.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int, prenorm: bool = False, midnorm: bool = False) -> None:
         super().__init__()
-        norm = [nn.LayerNorm(dim, eps=LN_EPS)] if prenorm else []
-        self.layers = nn.Sequential(*norm, nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, out))
+        before = [nn.LayerNorm(dim, eps=LN_EPS)] if prenorm else []
+        between = [nn.LayerNorm(hidden, eps=LN_EPS)] if midnorm else []
+        self.layers = nn.Sequential(*before, nn.Linear(dim, hidden), *between, nn.GELU(), nn.Linear(hidden, out))
         for layer in (self.first, self.second):
             nn.init.trunc_normal_(layer.weight, std=0.02, a=-2.0, b=2.0)
             nn.init.zeros_(layer.bias)
 
     @property
     def first(self) -> nn.Linear:
-        return cast(nn.Linear, self.layers[-3])
+        return next(layer for layer in self.layers if isinstance(layer, nn.Linear))
 
     @property
     def second(self) -> nn.Linear:
         return cast(nn.Linear, self.layers[-1])
+
+    @property
+    def between(self) -> nn.LayerNorm:
+        """The LayerNorm of `midnorm`."""
+        return cast(nn.LayerNorm, self.layers[-3])
 
     def first_weights(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the first layer; the scale and shift of a LayerNorm in front are folded in."""
@@ -55,6 +64,7 @@ class Ladder(nn.Module):
         blocks: indices of the tapped blocks.
         depth: number of blocks of the student; only block depth-1 has `last_hidden` hidden units, others `hidden`.
         prenorm: a LayerNorm in front of every MLP (off in the released models).
+        midnorm: a LayerNorm between its layers (off as well).
     """
 
     def __init__(
@@ -66,9 +76,10 @@ class Ladder(nn.Module):
         hidden: int,
         last_hidden: int,
         prenorm: bool = False,
+        midnorm: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.prenorm = dim, prenorm
+        self.dim, self.prenorm, self.midnorm = dim, prenorm, midnorm
         self.blocks = sorted(blocks)
         self.widths = {block: last_hidden if block == depth - 1 else hidden for block in self.blocks}
         if not self.blocks or self.blocks[0] < 0 or self.blocks[-1] >= depth:
@@ -80,7 +91,8 @@ class Ladder(nn.Module):
         return nn.ModuleDict({kind: self._kind_heads(out) for kind in KINDS})
 
     def _kind_heads(self, out: int) -> nn.ModuleDict:
-        return nn.ModuleDict({str(b): Projector(self.dim, self.widths[b], out, self.prenorm) for b in self.blocks})
+        options = self.prenorm, self.midnorm
+        return nn.ModuleDict({str(b): Projector(self.dim, self.widths[b], out, *options) for b in self.blocks})
 
     def _projectors(self, teacher: str, kind: Kind) -> list[Projector]:
         """Projectors of a teacher in block order."""
@@ -110,8 +122,13 @@ class Ladder(nn.Module):
         for i, x in enumerate(inputs):
             stack = [projectors[name][i].first_weights() for name in self.teachers]
             x = F.layer_norm(x, (self.dim,), eps=LN_EPS) if self.prenorm else x
-            h = F.gelu(F.linear(x, torch.cat([w for w, _ in stack]), torch.cat([b for _, b in stack])))
-            for name, part in zip(self.teachers, h.chunk(len(self.teachers), dim=-1), strict=True):
+            h = F.linear(x, torch.cat([w for w, _ in stack]), torch.cat([b for _, b in stack]))
+            h = h.unflatten(-1, (len(self.teachers), -1))
+            if self.midnorm:
+                norms = [projectors[name][i].between for name in self.teachers]
+                h = F.layer_norm(h, h.shape[-1:], eps=LN_EPS)
+                h = h * torch.stack([norm.weight for norm in norms]) + torch.stack([norm.bias for norm in norms])
+            for name, part in zip(self.teachers, F.gelu(h).unbind(-2), strict=True):
                 hidden[name].append(part)
         return {name: _second_layers(hidden[name], projectors[name]) for name in self.teachers}
 

@@ -8,8 +8,8 @@ import pytest
 
 from core.config import ConfigError
 from core.data.source import DataError
-from core.inputs import open_inputs, stage_steps
-from core.recipe import Recipe
+from core.inputs import open_inputs, schedule, stage_steps
+from core.recipe import Recipe, Train
 from tests import toy
 
 
@@ -44,3 +44,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(tmp_path: Path) -
         open_inputs(two_stages(batch=64), "second", root)
     with pytest.raises((DataError, ConfigError), match="nowhere"):
         open_inputs(two_stages(data={"source": "store:nowhere"}), "second", root)
+
+
+@pytest.mark.parametrize(
+    ("warmup_epochs", "per_epoch", "steps"),
+    [(1.3, 13, 16), (2.5, 7, 17), (0.7, 5, 3), (3, 4, 12), (0.29, 100, 29), (0.0, 9, 0), (50, 2, 34)],
+)
+def test_a_warm_up_of_a_part_of_an_epoch_is_rounded_down_to_steps(warmup_epochs, per_epoch, steps) -> None:
+    settings = Train(epochs=17, batch=4, micro_batch=4, warmup_epochs=warmup_epochs)
+    found, total = schedule(settings, 4 * per_epoch)
+    assert (found.warmup_steps, total) == (steps, 17 * per_epoch)

@@ -45,6 +45,9 @@ def vit_from(
     )
     if case is None:
         return model
+    for name, own in (("depth", len(model.blocks)), ("patch", model.patch_embed.patch_size[0])):
+        stated = int(case.get(f"hp.{name}", own))
+        assert stated == own or not embed, f"hp.{name} is {stated}, the weights are of one with {own}"
     model = model.double()
     if embed:
         load_strict(model, state)

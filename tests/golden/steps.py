@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.engine import Engine
+from core.inputs import schedule
 from core.methods.base import Batch, Features, Info
 from core.methods.unic import TOKENS, Unic, UnicOptions
 from core.models.vit import set_drop_path
 from core.plain import PlainEngine
 from core.recipe import Train
+from tests.golden.runner import Case, Check
 from tests.ranks import run_ranks
 
-Case = dict[str, np.ndarray]
-Check = tuple[str, Any, Any, float]
+UNUSED = "encoder.mask_token"  # in the release's files only
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-4}  # of whole steps, from the folder's README
 
 
@@ -37,13 +38,22 @@ class Recorded(Unic):
 
 
 def train_steps(case: Case, stage: int | None = None) -> list[Check]:
-    results = [_run(case, None)] if stage is None else run_ranks(_run, 1, case, stage)
-    return _checks(case, results, [""], _dtype(stage))
+    return _checks(case, [_run(case, None)] if stage is None else _ranks(case, 1, stage), [""], _dtype(stage))
 
 
 def ddp2_train(case: Case, stage: int | None = None) -> list[Check]:
     world = int(case["hp.world_size"])
-    return _checks(case, run_ranks(_run, world, case, stage), [f".rank{r}" for r in range(world)], _dtype(stage))
+    return _checks(case, _ranks(case, world, stage), [f".rank{r}" for r in range(world)], _dtype(stage))
+
+
+def _ranks(case: Case, world: int, stage: int | None) -> list[dict[str, np.ndarray]]:
+    found = run_ranks(_rank, world, case, stage)
+    case.read.update(*(read for _, read in found))
+    return [results for results, _ in found]
+
+
+def _rank(case: Case, stage: int | None) -> tuple[dict[str, np.ndarray], set[str]]:
+    return _run(case, stage), case.read
 
 
 def _dtype(stage: int | None) -> torch.dtype:
@@ -87,7 +97,7 @@ def _run(case: Case, stage: int | None) -> dict[str, np.ndarray]:
 
 
 def _build(case: Case, names: list[str], suffix: str, world: int) -> tuple[Recorded, nn.Module]:
-    params = {k.removeprefix("param."): _tensor(v) for k, v in case.items() if k.startswith("param.")}
+    params = {name: _tensor(array) for name, array in case.below("param.").items()}
     images = case[f"in.image.0{suffix}"]
     patch, dim, depth = int(case["hp.patch"]), params["encoder.cls_token"].shape[-1], int(case["hp.depth"])
     size = images.shape[-1]
@@ -99,11 +109,15 @@ def _build(case: Case, names: list[str], suffix: str, world: int) -> tuple[Recor
     info = Info("student", dim, depth, patch, grid, 1, has_cls=True, is_vit=True)
     infos = {t: Info(t, int(d), 0, patch, grid, 1, has_cls=True, is_vit=True)
              for t, d in zip(names, case["in.teacher_dims"], strict=True)}  # fmt: skip
-    widths = {b: params[f"lp.heads.{names[0]}.cls.{b}.layers.0.weight"].shape[0] for b in range(depth)}
-    method = Recorded(UnicOptions(hidden=widths[0], last_hidden=widths[depth - 1], drop=_hp(case, "t_drop_prob", 0.5),
-                              lambda_cos=_hp(case, "lam_cos", 0.5), lambda_sl1=_hp(case, "lam_sl1", 0.5),
-                              momentum=tuple(case.get("hp.momentum_start_end", (1.0, 0.001)))),
-                      *_settings(case, len(images), world))  # fmt: skip
+    norms = {name: bool(_hp(case, name, 0)) for name in ("prenorm", "midnorm")}
+    first = f"layers.{int(norms['prenorm'])}.weight"
+    widths = [params[f"lp.heads.{names[0]}.cls.{b}.{first}"].shape[0] for b in (0, depth - 1)]
+    hidden, last = (int(_hp(case, name, w)) for name, w in zip(("hidden", "last_hidden"), widths, strict=True))
+    start, end = (float(m) for m in case.get("hp.momentum_start_end", (1.0, 0.001)))
+    options = UnicOptions(hidden=hidden, last_hidden=last, drop=_hp(case, "t_drop_prob", 0.5), momentum=(start, end),
+                          lambda_cos=_hp(case, "lam_cos", 0.5), lambda_sl1=_hp(case, "lam_sl1", 0.5),
+                          **norms)  # fmt: skip
+    method = Recorded(options, *_schedule(case, len(images), world))
     module = method.build(vit, info, infos)
     params.pop("encoder.mask_token", None)
     renamed = {k.replace("encoder.blocks.0.", "encoder.blocks."): v for k, v in params.items()}
@@ -111,13 +125,15 @@ def _build(case: Case, names: list[str], suffix: str, world: int) -> tuple[Recor
     return method, module
 
 
-def _settings(case: Case, images: int, world: int) -> tuple[Train, int]:
+def _schedule(case: Case, images: int, world: int) -> tuple[Train, int]:
+    """Settings and steps as the product derives them from epochs and images."""
     per_epoch = int(_hp(case, "iters_per_epoch", 1))
-    steps = int(_hp(case, "steps", 0)) or int(case["hp.epochs"]) * per_epoch
-    betas = tuple(float(b) for b in case.get("hp.betas", (0.9, 0.99)))
-    return Train(batch=images * world, micro_batch=images, lr=_hp(case, "lr"), lr_batch=0, min_lr=_hp(case, "min_lr"),
-                 warmup_steps=int(_hp(case, "warmup_epochs", 0)) * per_epoch, weight_decay=_hp(case, "wd"), betas=betas,
-                 eps=_hp(case, "eps", 1e-8), clip=_hp(case, "clip", 0.0), precision="fp32"), steps  # fmt: skip
+    beta1, beta2 = (float(b) for b in case.get("hp.betas", (0.9, 0.99)))
+    train = Train(batch=images * world, micro_batch=images, lr=_hp(case, "lr"), lr_batch=0, min_lr=_hp(case, "min_lr"),
+                  steps=int(_hp(case, "steps", 0)), epochs=int(_hp(case, "epochs", 0)), betas=(beta1, beta2),
+                  warmup_epochs=_hp(case, "warmup_epochs", 0.0), weight_decay=_hp(case, "wd"),
+                  clip=_hp(case, "clip", 0.0), eps=_hp(case, "eps", 1e-8), precision="fp32")  # fmt: skip
+    return schedule(train, per_epoch * train.batch)
 
 
 def _final(engine: Engine | PlainEngine, comm: Comm) -> dict[str, np.ndarray]:
@@ -135,27 +151,30 @@ def _final(engine: Engine | PlainEngine, comm: Comm) -> dict[str, np.ndarray]:
 def _checks(case: Case, ranks: list[dict[str, np.ndarray]], suffixes: list[str], dtype: torch.dtype) -> list[Check]:
     checks: list[Check] = []
     tolerance = TOLERANCES[dtype]
-    for key, want in case.items():
-        if not key.startswith("out."):
-            continue
-        name = key.removeprefix("out.")
+    for key in (key for key in case if key.startswith("out.") and key != f"out.final.{UNUSED}"):
+        name, want = key.removeprefix("out."), case[key]
         rank = next((r for r, suffix in enumerate(suffixes) if suffix and name.endswith(suffix)), 0)
         name = name.removesuffix(suffixes[rank]) if suffixes[rank] else name
         got = ranks[rank]
-        if name == "final.encoder.mask_token":  # unused in the release; the timm student has none, so it cannot move
-            checks.append((key, case["param.encoder.mask_token"], want, tolerance))
-        elif name in ("final_sum", "final_sumsq"):
-            power = 2 if name.endswith("sq") else 1
-            known = [(i, str(n)) for i, n in enumerate(case["out.final_names"]) if f"final.{n}" in got]
-            sums = np.array([(got[f"final.{n}"].astype(np.float64) ** power).sum() for _, n in known])
-            checks.append((key, sums, want[[i for i, _ in known]], tolerance))
+        if name in ("final_sum", "final_sumsq", "final_names"):
+            names = [str(n) for n in case["out.final_names"]]
+            kept = [i for i, n in enumerate(names) if n != UNUSED]
+            checks.append((key, _summary(name, got, [names[i] for i in kept]), want[kept], tolerance))
         elif name.startswith("stat."):
             checks.append((key, got[name].reshape(want.shape), want, tolerance))
-        elif name in got:
-            checks.append((key, got[name], want, tolerance))
-        elif name != "final_names":
-            checks.append((key, np.array(np.nan), want, tolerance))  # an array that nothing answers for fails
+        else:
+            checks.append((key, got.get(name, np.array(np.nan)), want, tolerance))  # without an answer it fails
     return checks
+
+
+def _summary(kind: str, got: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
+    """Names of all final parameters in the order given, or sums of their values or squares."""
+    own = [name for name in names if f"final.{name}" in got]
+    more = sorted({name.removeprefix("final.") for name in got if name.startswith("final.")} - set(own))
+    if kind == "final_names":
+        return np.array([*own, *more])
+    power = 2 if kind.endswith("sq") else 1
+    return np.array([(got[f"final.{name}"].astype(np.float64) ** power).sum() for name in own])
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.golden.find import method_of
+from tests.golden.recorded import RESULTS
 from tests.golden.runner import find_cases, methods, run_case
 
 torch.set_num_threads(1)
@@ -16,7 +18,8 @@ CASES = [path for method in methods() for path in find_cases(Path(__file__).pare
 def test_the_product_reproduces_the_recorded_case(path: Path) -> None:
     result = run_case(path)
     assert result.ok, result.line
-    assert result.unread == (), "recorded results that nothing was compared with"
+    if method_of(path, methods()) in RESULTS:
+        assert result.unread == (), "arrays of a case that decide nothing"
 
 
 def test_every_recorded_case_is_there() -> None:
@@ -27,4 +30,4 @@ def test_every_recorded_case_is_there() -> None:
 
 def test_every_method_has_all_its_cases() -> None:
     here = {method: sum(method in path.parts for path in CASES) for method in methods()}
-    assert here == {"unic": 22, "proteus": 41, "fd": 37, "dime_fm": 36, "udi": 36}
+    assert here == {"unic": 23, "proteus": 41, "fd": 44, "dime_fm": 36, "udi": 39}

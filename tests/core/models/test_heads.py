@@ -44,11 +44,11 @@ def one_by_one(made: Ladder, xs: list[torch.Tensor], prefix: int) -> dict[str, d
     return out
 
 
-@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("norms", [{}, {"prenorm": True}, {"midnorm": True}, {"prenorm": True, "midnorm": True}])
 @pytest.mark.parametrize("blocks", [range(DEPTH), [1, 3], [0], [2, 0]])
 @pytest.mark.parametrize("prefix", [1, 5])
-def test_the_fused_form_equals_the_sum_of_separate_projectors_with_all_gradients(prenorm, blocks, prefix) -> None:
-    made, xs = ladder(prenorm=prenorm, blocks=blocks), taps(prefix)
+def test_the_fused_form_equals_the_sum_of_separate_projectors_with_all_gradients(norms, blocks, prefix) -> None:
+    made, xs = ladder(**norms, blocks=blocks), taps(prefix)
     for x in xs:
         x.requires_grad_()
     results = []

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.config import load
 from core.data import views
 from core.evaluate.knn import knn as weighted_knn
+from core.evaluate.last_layers import feature_maps, last_layers
 from core.evaluate.linear import split_trainval as split_by_class
 from core.evaluate.linear import train_linear
+from core.inputs import schedule
 from core.losses import cosine_distance, drop_teachers, smooth_l1
+from core.methods.unic import Unic, UnicModel, UnicOptions
+from core.methods.unic import unic_loss as method_loss
 from core.models import vit as vits
+from core.models.features import take
 from core.models.heads import KINDS, Ladder, Projector
 from core.models.weights import to_timm
 from core.optim import clip_per_parameter, decay_groups
-from core.schedules import warmup_cosine
+from core.recipe import Train
 from core.stats import RunningStats, merge_moments, moments, standardise
 from tests.golden.networks import tensor, vit_from
 from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
+DRAWS = 50  # of dropped paths, in which each rule shows what it can draw
 
 
 def loss_terms(case: Case) -> Checks:
@@ -37,8 +48,6 @@ def loss_terms(case: Case) -> Checks:
 
 
 def unic_loss(case: Case) -> Checks:
-    from core.methods.unic import unic_loss as method_loss
-
     teachers = [str(name) for name in case["in.teacher_order"]]
     student, target = (
         {t: {kind: tensor(case[f"in.{side}.{t}.{kind}"]) for kind in KINDS} for t in teachers}
@@ -56,11 +65,14 @@ def unic_loss(case: Case) -> Checks:
     for t in teachers:
         for kind in KINDS:
             yield f"out.grad.{t}.{kind}", student[t][kind].grad, case[f"out.grad.{t}.{kind}"], 1e-10
-    for name, value in zip(case["out.metric_names"], case["out.metric_values"], strict=True):
-        yield f"metric {name}", report[str(name)], value, 1e-10
+    names = [str(name) for name in case["out.metric_names"]]
+    yield "out.metric_names", [name for name in names if name in report], case["out.metric_names"], 0.0
+    yield "out.metric_values", torch.stack([report[name] for name in names]), case["out.metric_values"], 1e-10
 
 
 def teacher_drop(case: Case) -> Checks:
+    """Rows are in sorted order of the teachers' names, whatever order a mapping has."""
+    yield "in.names_sorted", sorted(str(n) for n in case["in.dict_order"]), case["in.names_sorted"], 0.0
     losses = tensor(case["in.losses"])
     for k, p in enumerate(case["hp.p"]):
         loss, keep = drop_teachers(losses, tensor(case[f"in.u.{k}"]), float(p))
@@ -71,9 +83,10 @@ def teacher_drop(case: Case) -> Checks:
 
 
 def teacher_norm(case: Case) -> Checks:
+    floor = float(case["hp.eps"])
     for kind in KINDS:
         dim = case[f"in.{kind}.0"].shape[-1]
-        stats = RunningStats(dim).double()
+        stats = RunningStats(dim, floor).double()
         for k, momentum in enumerate(case["hp.momentum"]):
             z = tensor(case[f"in.{kind}.{k}"])
             yield f"out.{kind}.{k}", stats(z), case[f"out.{kind}.{k}"], 1e-6
@@ -81,25 +94,34 @@ def teacher_norm(case: Case) -> Checks:
             stats.update(mean, std, float(momentum))
             yield f"out.{kind}.mean.{k}", stats.mean.clone(), case[f"out.{kind}.mean.{k}"].reshape(dim), 1e-6
             yield f"out.{kind}.std.{k}", stats.std.clone(), case[f"out.{kind}.std.{k}"].reshape(dim), 1e-6
-        yield f"out.{kind}.no_ema", standardise(z, mean, std), case[f"out.{kind}.no_ema"], 1e-6
+        yield f"out.{kind}.no_ema", standardise(z, mean, std, floor), case[f"out.{kind}.no_ema"], 1e-6
 
 
 def schedules(case: Case) -> Checks:
+    """Steps and warm-up of a stage as the product counts them, and the values that the method has at each."""
     for key in (key for key in case if key.startswith("out.") and key.removeprefix("out.").isdigit()):
         base, final, epochs, iters, warmup = (float(v) for v in case[f"hp.{key.removeprefix('out.')}"])
-        steps = int(epochs * iters)
-        curve = [
-            warmup_cosine(i, base=base, final=final, steps=steps, warmup=int(warmup * iters)) for i in range(steps)
-        ]
-        yield key, curve, case[key], 1e-12
+        train = Train(epochs=int(epochs), batch=1, micro_batch=1, lr=base, lr_batch=0, min_lr=final,
+                      warmup_epochs=warmup)  # fmt: skip
+        method = _method(train, int(iters), momentum=(base, final))
+        values = [method.schedules(step) for step in range(method.steps)]
+        yield key, [each["lr"] for each in values], case[key], 1e-12
+        if not warmup:  # the momentum of statistics has none
+            yield f"{key} momentum", [each["tnorm_ema_momentum"] for each in values], case[key], 1e-12
     if "in.recipe_idx" not in case:
         return
     epochs, iters, warmup = (int(v) for v in case["hp.recipe"])
-    at = [int(i) for i in case["in.recipe_idx"]]
-    lr = [warmup_cosine(i, base=6e-4, final=1e-6, steps=epochs * iters, warmup=warmup * iters) for i in at]
-    momentum = [warmup_cosine(i, base=1.0, final=1e-3, steps=epochs * iters) for i in at]
-    yield "out.recipe_lr", lr, case["out.recipe_lr"], 1e-12
+    recipe = load("unic-b")
+    train = dataclasses.replace(recipe.stage(recipe.stage_names()[0]), epochs=epochs, warmup_epochs=warmup)
+    method = _method(train, iters * train.batch)
+    values = [method.schedules(int(step)) for step in case["in.recipe_idx"]]
+    yield "out.recipe_lr", [each["lr"] for each in values], case["out.recipe_lr"], 1e-12
+    momentum = [each["tnorm_ema_momentum"] for each in values]
     yield "out.recipe_momentum", momentum, case["out.recipe_momentum"], 1e-12
+
+
+def _method(train: Train, samples: int, **options: Any) -> Unic:
+    return Unic(UnicOptions(**options), *schedule(train, samples))
 
 
 def clip_grad(case: Case) -> Checks:
@@ -111,12 +133,11 @@ def clip_grad(case: Case) -> Checks:
 
 
 def lp(case: Case) -> Checks:
-    if bool(case["hp.midnorm"]):
-        raise NotImplementedError("the ladder has no LayerNorm between its layers")
     teachers = {str(n): int(d) for n, d in zip(case["in.head_names"], case["in.head_dims"], strict=True)}
     depth, blocks = int(case["hp.n_blocks"]), [int(b) for b in case["hp.which_blocks"]]
     widths = int(case["hp.hidden"]), int(case["hp.last_hidden"])
-    ladder = Ladder(case["in.cls.0"].shape[-1], teachers, blocks, depth, *widths, bool(case["hp.prenorm"])).double()
+    norms = bool(case["hp.prenorm"]), bool(case["hp.midnorm"])
+    ladder = Ladder(case["in.cls.0"].shape[-1], teachers, blocks, depth, *widths, *norms).double()
     ladder.load_state_dict({name: tensor(array) for name, array in case.below("param.").items()}, strict=True)
     taps = [
         torch.cat([tensor(case[f"in.cls.{i}"])[:, None], tensor(case[f"in.patch.{i}"])], 1) for i in range(depth + 1)
@@ -143,16 +164,21 @@ def student_encoder(case: Case) -> Checks:
         grid = (int(height) // int(case["hp.patch"]), int(width) // int(case["hp.patch"]))
         with torch.no_grad():
             taps = vits.forward_taps(model, tensor(case[f"in.image.{k}"]))
-            normed = [model.norm(tap) for tap in taps]
+            normed, maps = last_layers(model, tensor(case[f"in.image.{k}"]), 1), _maps(case, model, k)
         yield f"out.pos_embed.{k}", vits.pos_embed_for(model, grid), case[f"out.pos_embed.{k}"], tol
         for i, tap in enumerate(taps):
             yield f"out.tap_cls.{k}.{i}", tap[:, 0], case[f"out.tap_cls.{k}.{i}"], tol
             yield f"out.tap_patch.{k}.{i}", tap[:, prefix:], case[f"out.tap_patch.{k}.{i}"], tol
         yield f"out.x_norm_cls.{k}", normed[-1][:, 0], case[f"out.x_norm_cls.{k}"], tol
         yield f"out.x_norm_patch.{k}", normed[-1][:, prefix:], case[f"out.x_norm_patch.{k}"], tol
-        for j, tokens in enumerate(normed[-2:]):
-            image = tokens[:, prefix:].mT.unflatten(2, grid)
+        for j, image in enumerate(maps):
             yield f"out.seg_map.{k}.{j}", image, case[f"out.seg_map.{k}.{j}"], tol
+
+
+def _maps(case: Case, model: nn.Module, k: int) -> list[Tensor]:
+    """As many of the last blocks' maps as are recorded of an image."""
+    count = sum(key.startswith(f"out.seg_map.{k}.") for key in case)
+    return feature_maps(model, tensor(case[f"in.image.{k}"]), count) if count else []
 
 
 def drop_path(case: Case) -> Checks:
@@ -165,9 +191,11 @@ def drop_path(case: Case) -> Checks:
     for i, block in enumerate(model.blocks):
         for j, path in enumerate((block.drop_path1, block.drop_path2)):
             scale, kept = case["in.scale"][i, j], int(case["out.kept"][i, j])
+            if path.rule != "none":
+                own = torch.stack([path.draw(len(x), x.device) for _ in range(DRAWS)])
+                yield f"scale of block {i}, branch {j}", own.max(), scale.max(), 1e-7
             if path.rule == "subset":
-                own = path.draw(len(x), x.device)
-                yield f"subset of block {i}", [int((own > 0).sum()), float(own.max())], [kept, scale.max()], 1e-12
+                yield f"out.kept of block {i}, branch {j}", (own > 0).sum(1).unique(), [kept], 0.0
             path.draw = _recorded(tensor(scale))
         x = block(x)
         yield f"out.block.{i}", x, case[f"out.block.{i}"], 1e-7
@@ -179,8 +207,6 @@ def _recorded(scale_B: Tensor) -> Callable[[int, torch.device], Tensor]:
 
 def teacher(layout: str, cls: str) -> Unit:
     def unit(case: Case) -> Checks:
-        from core.models.features import take
-
         model, images = vit_from(case, layout=layout).eval(), tensor(case["in.image"])
         with torch.no_grad():
             got_cls, got_patch = take(model, images, cls)
@@ -201,6 +227,8 @@ def param_groups(case: Case) -> Checks:
     own["encoder.mask_token"] = nn.Parameter(meta["encoder.mask_token"])  # never used, so the product leaves it out
     released = {name: name if name in own else _in_timm(name) for name in names}
     yield "names", sorted(released.values()), sorted(own), 0.0
+    in_release = {ours: theirs for theirs, ours in released.items()}
+    yield "out.names", sorted(in_release[name] for name in own), sorted(names), 0.0
     yield "out.shapes", ["x".join(map(str, own[released[n]].shape)) for n in names], case["out.shapes"], 0.0
     groups = decay_groups(own.items(), float(case["hp.wd"][0]))
     group_of = {name: i for i, group in enumerate(groups) for name in group["names"]}
@@ -209,13 +237,17 @@ def param_groups(case: Case) -> Checks:
     yield "out.n_params", [sum(p.numel() for p in group["params"]) for group in groups], case["out.n_params"], 0.0
     for part, key in (("encoder.", "out.n_encoder"), ("lp.", "out.n_lp")):
         yield key, sum(p.numel() for name, p in own.items() if name.startswith(part)), case[key], 0.0
-    drawn = Projector(768, 768, 768, prenorm=False)
-    yield (
-        "out.lp_std",
-        [float(layer.weight.detach().std()) for layer in (drawn.first, drawn.second)],
-        case["out.lp_std"],
-        1e-4,
-    )
+    out, hidden, dim = _projector_sizes(shapes)
+    drawn = Projector(dim, hidden, out)
+    stds = [float(layer.weight.detach().std()) for layer in (drawn.first, drawn.second)]
+    yield "out.lp_std", stds, case["out.lp_std"], max(1e-4, 4 * stds[0] / math.sqrt(hidden * min(dim, out)))
+
+
+def _projector_sizes(shapes: dict[str, list[int]]) -> tuple[int, int, int]:
+    """Outputs, hidden units and inputs of the first projector."""
+    first = next(name for name in shapes if re.search(r"\.layers\.\d\.weight$", name) and len(shapes[name]) == 2)
+    second = re.sub(r"\d(?=\.weight)", lambda at: str(int(at[0]) + 2), first)
+    return shapes[second][0], *shapes[first]
 
 
 def _in_timm(name: str) -> str:
@@ -223,8 +255,6 @@ def _in_timm(name: str) -> str:
 
 
 def _trainable(meta: dict[str, Tensor]) -> nn.Module:
-    from core.methods.unic import UnicModel
-
     state = to_timm(meta, "unic")
     firsts = {n.split(".")[2]: t for n, t in meta.items() if n.startswith("lp.") and ".cls.0.layers.2.weight" in n}
     teachers = {name: weight.shape[0] for name, weight in firsts.items()}
@@ -249,8 +279,9 @@ def knn(case: Case) -> Checks:
 def logreg_sgd(case: Case) -> Checks:
     fitted = train_linear(
         tensor(case["in.train"]), tensor(case["in.train_labels"]), [float(case["hp.lr"])], [float(case["hp.wd"])],
-        weight_CD=tensor(case["in.W0"]), bias_C=tensor(case["in.b0"]), orders=tensor(case["in.orders"]),
-        momentum=float(case["hp.momentum"]), batch=int(case["hp.batch"]),
+        weight_CD=tensor(case["in.W0"]), bias_C=tensor(case["in.b0"]),
+        orders=tensor(case["in.orders"])[: int(case["hp.epochs"])], momentum=float(case["hp.momentum"]),
+        batch=int(case["hp.batch"]),
     )  # fmt: skip
     yield "out.W", fitted.weight[0], case["out.W"], 1e-9
     yield "out.b", fitted.bias[0], case["out.b"], 1e-9
