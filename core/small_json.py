@@ -32,17 +32,17 @@ def parse(data: bytes | str, kind: type[T], where: str, most: int = SMALL) -> T:
     NaN and infinities are taken, as Python writes them.
     """
     if len(data) > most:
-        raise Excessive(f"{where}: unreadable: larger than the {most:,} bytes that belong there")
+        raise Excessive(f"unreadable: {where}: larger than the {most:,} bytes that belong there")
     try:
         value = json.loads(data)
     except RecursionError:
         raise _too_deep(where) from None
     except ValueError as error:
-        raise Unreadable(f"{where}: unreadable: no JSON ({error})") from None
+        raise Unreadable(f"unreadable: {where}: no JSON ({error})") from None
     if _depth(value) > MOST_DEEP:
         raise _too_deep(where)
     if not isinstance(value, kind):
-        raise Unreadable(f"{where}: unreadable: {KINDS.get(kind, kind.__name__)} belongs there, not {_name(value)}")
+        raise Unreadable(f"unreadable: {where}: {KINDS.get(kind, kind.__name__)} belongs there, not {_name(value)}")
     return value
 
 
@@ -58,7 +58,7 @@ def fetch(store: Store, key: str, most: int = SMALL) -> bytes:
     """An object's bytes.  Raises Excessive where they are more than that, MissingObject, StoreError."""
     data = store.get_range(key, 0, most + 1)
     if len(data) > most:
-        raise Excessive(f"{store.uri}/{key}: unreadable: larger than the {most:,} bytes that belong there")
+        raise Excessive(f"unreadable: {store.uri}/{key}: larger than the {most:,} bytes that belong there")
     return data
 
 
@@ -75,7 +75,7 @@ def _depth(value: object) -> int:
 
 
 def _too_deep(where: str) -> Excessive:
-    return Excessive(f"{where}: unreadable: more than {MOST_DEEP} lists and objects in each other")
+    return Excessive(f"unreadable: {where}: more than {MOST_DEEP} lists and objects in each other")
 
 
 def _name(value: object) -> str:
