@@ -39,7 +39,7 @@ def runs(info: Mapping[str, Any], module: str, *words: str) -> bool | None:
 
 
 def send(info: Mapping[str, Any], signum: signal.Signals, module: str, *words: str) -> bool:
-    """Signal the process of `identity`; False when it is gone, not on this machine, not this user's, or as in `runs`."""
+    """Signal the process of `identity`; False when it is gone, elsewhere, another user's, or runs something else."""
     import psutil
 
     one = _found(info, module, words) if alive(info) else None

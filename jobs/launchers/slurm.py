@@ -136,12 +136,13 @@ class Slurm(OnSite):
             if job is None:
                 return False
             queue.cancel(number, signal="TERM" if job.state == "RUNNING" and not at_once else "")
-            later = info.get("after")
-            for waiting in later.values() if isinstance(later, dict) else ():
-                if _is_of(run, waiting):
-                    queue.cancel(waiting)
         except SlurmError:
             return False
+        later = info.get("after")
+        for waiting in later.values() if isinstance(later, dict) else ():
+            with suppress(SlurmError):
+                if _is_of(run, waiting):
+                    queue.cancel(waiting)
         return True
 
     def look(self, run: Run, info: Mapping[str, Any]) -> Look:

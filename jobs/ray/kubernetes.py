@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError
 from jobs.launchers import Elsewhere, Look, OnSite, Order, tries
 from jobs.placement import Placement, demand

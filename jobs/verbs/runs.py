@@ -67,7 +67,8 @@ def _detail(run: Run, as_json: bool) -> int:
     view, history = run.view(), run.transitions()
     if as_json:
         moves = [{"state": t.state, "time": t.time, "attempt": t.attempt, "info": t.info} for t in history]
-        facts = {**_told_row(run, view), "uri": run.uri, "lost": view.lost, "transitions": moves, "record": run.record()}
+        facts = {**_told_row(run, view), "uri": run.uri, "lost": view.lost, "transitions": moves}
+        facts["record"] = run.record()
         facts["queue"] = run.look(view.last).text if view.last.state not in (State.CREATED, *ENDED) else ""
         facts["checkpoints"] = _checkpoints(run)
         print(json.dumps(facts, indent=1))

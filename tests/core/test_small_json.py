@@ -18,7 +18,10 @@ def nested(levels: int) -> str:
     return "[" * levels + "]" * levels
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, nested(100_000), nested(MOST_DEEP + 1), '{"a":' * 500 + "1" + "}" * 500])
+DEEP = ["[" * 100_000, nested(100_000), nested(MOST_DEEP + 1), '{"a":' * 500 + "1" + "}" * 500]
+
+
+@pytest.mark.parametrize("text", DEEP)
 def test_what_is_nested_too_deep_is_unreadable_and_no_crash(text: str) -> None:
     with pytest.raises(Excessive, match=r"unreadable: x\.json: more than 64 lists and objects in each other"):
         parse(text, object, "x.json")
@@ -31,9 +34,10 @@ def test_what_is_nested_as_deep_as_allowed_is_read() -> None:
 def test_a_deep_stack_of_the_caller_does_not_end_it() -> None:
     def down(levels: int) -> None:
         if levels:
-            return down(levels - 1)
-        with pytest.raises(Excessive):
-            parse(nested(100_000), list, "x.json")
+            down(levels - 1)
+        else:
+            with pytest.raises(Excessive):
+                parse(nested(100_000), list, "x.json")
 
     down(sys.getrecursionlimit() // 2)
 

@@ -78,7 +78,10 @@ def test_no_token_goes_to_an_address_from_a_record(
     assert came == []
 
 
-@pytest.mark.parametrize("job", ["demo-other-1", "../../../logs", "{own}-1/../x", "{own}-1?x=", "{own}", "", None, ["x"]])
+FOREIGN = ["demo-other-1", "../../../logs", "{own}-1/../x", "{own}-1?x=", "{own}", "", None, ["x"]]
+
+
+@pytest.mark.parametrize("job", FOREIGN)
 def test_a_job_that_is_not_the_run_s_own_is_neither_asked_about_nor_stopped(
     thief: tuple[str, list[socket.socket]], new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, job: object
 ) -> None:

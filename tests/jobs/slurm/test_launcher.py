@@ -150,8 +150,8 @@ def test_doctor_says_what_the_partition_has(says: Says, tmp_path: Path, root: st
     assert doctor.scheduler(Settings(cluster=str(path)), None, root) == "partition gpu: 3 nodes, of 96 CPUs and 8 GPUs"
 
 
-BAD_NUMBERS = ["--user=root", "-u root", "12 --user=root", "12\n13", "12_", "_1", "", "12,13", "12_[0-3]", "1" * 11, "\u0663",
-               12, None, ["12"]]  # fmt: skip
+BAD_NUMBERS = ["--user=root", "-u root", "12 --user=root", "12\n13", "12_", "_1", "", "12,13", "12_[0-3]", "1" * 11,
+               "\u0663", 12, None, ["12"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", BAD_NUMBERS)
@@ -167,19 +167,19 @@ def test_what_is_no_job_s_number_reaches_none_of_slurm_s_programs(
     assert asked() == []
 
 
-def test_only_jobs_that_bear_the_run_s_name_are_cancelled(slurm: Slurm, new_run: MakeRun, says: Says, asked: Asked) -> None:
+def test_only_jobs_that_bear_the_run_s_name_are_cancelled(
+    slurm: Slurm, new_run: MakeRun, says: Says, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = new_run()
     info = {"job": "12", "slurm": "toy"}
     for name in ("somebody-s-thesis", f"retort-{run.id}0", "retort-other-sweep", "PENDING|Resources||1:00"):
         says("squeue", f"{name}\n")
         assert not slurm.cancel(run, info)
     assert not [line for line in asked() if line.startswith("scancel")]
+    monkeypatch.setattr(queue, "find", lambda job: queue.Job("RUNNING", "None", "n1", "1:00"))
     for name in (f"retort-{run.id}", "retort-demo-sweep"):
         says("squeue", f"{name}\n")
-        monkeypatched = queue.Job("RUNNING", "None", "n1", "1:00")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(queue, "find", lambda job, found=monkeypatched: found)
-            assert slurm.cancel(run, {**info, "after": {"eval": "13", "report": "--user=root"}}) is False
+        assert slurm.cancel(run, {**info, "after": {"report": "--user=root", "eval": "13"}})
         assert [line for line in asked() if line.startswith("scancel")][-2:] == [
             "scancel --signal=TERM -- 12", "scancel -- 13",
         ]  # fmt: skip
