@@ -89,9 +89,9 @@ def _parse(run: Store, number: int) -> Entry:
         skipped = tuple((int(first), int(last)) for first, last in content["skipped"])
         return Claim(**{**content, "skipped": skipped, "number": number})
     except small_json.Unreadable as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{key(number)}: unreadable: {error.why}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"unreadable: {run.uri}/{key(number)}: {error}") from None
+        raise CheckpointError(f"{key(number)}: unreadable: {error}") from None
 
 
 def entries(

@@ -19,7 +19,14 @@ T = TypeVar("T")
 
 
 class Unreadable(StoreError, ValueError):  # noqa: N818 (says what is the matter)
-    """What was read is not the JSON that belongs there. The message says what, where, and why."""
+    """What was read is not the JSON that belongs there."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(where, why)
+        self.where, self.why = where, why
+
+    def __str__(self) -> str:
+        return f"unreadable: {self.where}: {self.why}"
 
 
 class Excessive(Unreadable):
@@ -32,17 +39,17 @@ def parse(data: bytes | str, kind: type[T], where: str, most: int = SMALL) -> T:
     NaN and infinities are taken, as Python writes them.
     """
     if len(data) > most:
-        raise Excessive(f"unreadable: {where}: larger than the {most:,} bytes that belong there")
+        raise _too_large(where, most)
     try:
         value = json.loads(data)
     except RecursionError:
         raise _too_deep(where) from None
     except ValueError as error:
-        raise Unreadable(f"unreadable: {where}: no JSON ({error})") from None
+        raise Unreadable(where, f"no JSON ({error})") from None
     if _depth(value) > MOST_DEEP:
         raise _too_deep(where)
     if not isinstance(value, kind):
-        raise Unreadable(f"unreadable: {where}: {KINDS.get(kind, kind.__name__)} belongs there, not {_name(value)}")
+        raise Unreadable(where, f"{KINDS.get(kind, kind.__name__)} belongs there, not {_name(value)}")
     return value
 
 
@@ -58,7 +65,7 @@ def fetch(store: Store, key: str, most: int = SMALL) -> bytes:
     """An object's bytes.  Raises Excessive where they are more than that, MissingObject, StoreError."""
     data = store.get_range(key, 0, most + 1)
     if len(data) > most:
-        raise Excessive(f"unreadable: {store.uri}/{key}: larger than the {most:,} bytes that belong there")
+        raise _too_large(f"{store.uri}/{key}", most)
     return data
 
 
@@ -75,7 +82,11 @@ def _depth(value: object) -> int:
 
 
 def _too_deep(where: str) -> Excessive:
-    return Excessive(f"unreadable: {where}: more than {MOST_DEEP} lists and objects in each other")
+    return Excessive(where, f"more than {MOST_DEEP} lists and objects in each other")
+
+
+def _too_large(where: str, most: int) -> Excessive:
+    return Excessive(where, f"larger than the {most:,} bytes that belong there")
 
 
 def _name(value: object) -> str:

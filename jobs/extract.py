@@ -73,8 +73,8 @@ def _read(store: Store, name: str) -> dict[str, Any]:
     """An order as it was given: its name is its digest.  Raises Unreadable, StoreError."""
     content = small_json.read(store, f"{ORDERS}/{name}.json", dict)
     if _name({key: content.get(key) for key in ("recipe", "splits")}) != name:
-        raise Unreadable(f"unreadable: {store.uri}/{ORDERS}/{name}.json: it has been changed since it was given: "
-                         "make features RECIPE=... gives it again")  # fmt: skip
+        raise Unreadable(f"{store.uri}/{ORDERS}/{name}.json",
+                         "it has been changed since it was given: make features RECIPE=... gives it again")  # fmt: skip
     return content
 
 

@@ -141,7 +141,7 @@ class Run:
         except MissingObject:
             raise UserError(f"run {self.id}: its creation was cut short; submit its recipe again") from None
         except UnicodeDecodeError as error:
-            raise Unreadable(f"unreadable: {self.uri}/recipe.yaml: {error}") from None
+            raise Unreadable(f"{self.uri}/recipe.yaml", str(error)) from None
         return from_yaml(text, f"{self.uri}/recipe.yaml")
 
     def record(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Run:
         """The newest progress, with `time` and `attempt`; empty before the first.  Raises Unreadable."""
         beat = self._json("heartbeat.json")
         if beat and not (_is_time(beat.get("time")) and type(beat.get("attempt")) is int):
-            raise Unreadable(f"unreadable: {self.uri}/heartbeat.json: it has no time or no attempt")
+            raise Unreadable(f"{self.uri}/heartbeat.json", "it has no time or no attempt")
         return beat
 
     def last(self) -> Transition:
@@ -252,10 +252,10 @@ class Run:
         try:
             found = Transition(**{**raw, "state": State(raw.get("state"))})
         except (TypeError, ValueError) as error:
-            raise Unreadable(f"unreadable: {self.uri}/{key}: {error}") from None
+            raise Unreadable(f"{self.uri}/{key}", str(error)) from None
         whole = type(found.number) is type(found.attempt) is int and _is_time(found.time)
         if not whole or not isinstance(found.info, dict) or _key(found.number) != key:
-            raise Unreadable(f"unreadable: {self.uri}/{key}: it is no transition of this number")
+            raise Unreadable(f"{self.uri}/{key}", "it is no transition of this number")
         return found
 
     def _json(self, key: str, present: bool = False) -> dict[str, Any]:

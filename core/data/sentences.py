@@ -40,7 +40,7 @@ def candidates(payload: str) -> list[str]:
     try:
         value = small_json.parse(payload, object, "a sentence")
     except small_json.Excessive as error:
-        raise CorruptText(f"{payload[:80]!r}: {error}") from None
+        raise CorruptText(f"no sentence in {payload[:80]!r}: {error.why}") from None
     except small_json.Unreadable:
         value, found = None, [payload]
     else:

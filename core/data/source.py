@@ -208,7 +208,8 @@ def _shard_index(store: Store) -> dict[str, Any] | None:
     except MissingObject:
         return None
     except small_json.Unreadable as error:
-        raise DataError(f"{error}; not valid JSON as shards have it: write them again or remove it") from None
+        why = f"{store.uri}/index.json: not valid JSON ({error.why})"
+        raise DataError(f"{why}; write the shards again or remove it") from None
     return index if isinstance(index, dict) and index.get("format") == SHARD_FORMAT else None
 
 

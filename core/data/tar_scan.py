@@ -134,12 +134,12 @@ def _described(beside: dict[str, Member]) -> dict[str, object]:
     if "json" not in beside or {"cls", "txt"} <= beside.keys():
         return {}
     try:
-        return small_json.parse(_content(beside["json"]).decode(), dict, ".json")
+        return small_json.parse(_content(beside["json"]).decode(), dict, beside["json"].key)
     except ValueError as error:
         if "cls" in beside:
             return {}  # a text less
-        why = str(error) if isinstance(error, small_json.Excessive) else ".json is no JSON object in UTF-8"
-        raise _Unusable(why) from None
+        deep = isinstance(error, small_json.Excessive)
+        raise _Unusable(f".json is {error}" if deep else ".json is no JSON object in UTF-8") from None
 
 
 def _label(described: dict[str, object]) -> int | str | None:

@@ -120,7 +120,7 @@ def _read(root: str, name: str) -> dict[str, Sequence[str]]:
                         f"(there is: {', '.join(known) or 'none'})") from None  # fmt: skip
     runs = about.get("runs")
     if not isinstance(runs, dict) or not all(_is_member(*each) for each in runs.items()):
-        raise small_json.Unreadable(f"unreadable: {store.uri}/{FOLDER}/{name}.json: it names no runs of a sweep")
+        raise small_json.Unreadable(f"{store.uri}/{FOLDER}/{name}.json", "it names no runs of a sweep")
     return runs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def test_of_an_object_no_more_is_fetched_than_belongs_there(tmp_path: Path, monk
         read(store, "a/x.json", list, most=101)
     with pytest.raises(MissingObject):
         read(store, "a/y.json", list)
+
+
+def test_the_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(Excessive("x.json", "too large")))  # noqa: S301 - its own
+    assert (type(error), str(error), error.why) == (Excessive, "unreadable: x.json: too large", "too large")
 
 
 def test_it_is_an_error_of_the_store_and_of_a_value() -> None:
