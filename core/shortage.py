@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import re
 
-MEMORY = ("lower train.micro_batch, loader.workers or loader.prefetch, or give the run more memory (mem_gb of a cluster "
-          "file)")  # fmt: skip
+MEMORY = ("lower train.micro_batch, loader.workers or loader.prefetch, or give the run more memory (mem_gb of a "
+          "cluster file)")  # fmt: skip
 FILES = "raise the limit of open files (`ulimit -n 65536`, LimitNOFILE of a service), or lower loader.workers"
-SHARED = ("`df -h /dev/shm` shows it: give it more (--shm-size of a container, kubernetes.shm_gb of a cluster file), or "
-          "lower loader.workers and loader.prefetch")  # fmt: skip
+SHARED = ("`df -h /dev/shm` shows it: give it more (--shm-size of a container, kubernetes.shm_gb of a cluster file), "
+          "or lower loader.workers and loader.prefetch")  # fmt: skip
 DISK = "free space, or choose another folder (TMPDIR, checkpoint.spool, loader.cache_dir)"
-PROCESSES = "raise the limit of processes (`ulimit -u`, pids of a container), or lower loader.workers and launch.threads"
+PROCESSES = "raise the limit of processes (`ulimit -u`, pids of a container), or lower loader.workers, launch.threads"
 DEVICE = "lower train.micro_batch, or share the state among more ranks (zero.stage, launch.ranks)"
 # What is used up, the numbers of errors that say so, what to do, and the words of those without a number: torch's
 # loader repeats what its workers have met as text. The first that fits counts.
 KINDS = (
     ("the limit of open files", (errno.EMFILE, errno.ENFILE), FILES, r"Too many open files"),
-    ("/dev/shm", (), SHARED, r"(?s)(?=.*No space left).*(/dev/shm|shared memory|\(shm\))|out of shared memory|signal: Bus"),
+    ("/dev/shm", (), SHARED,
+     r"(?s)(?=.*No space left).*(/dev/shm|shared memory|\(shm\))|out of shared memory|signal: Bus"),
     ("the disk", (errno.ENOSPC, errno.EDQUOT), DISK, r"No space left on device|Disk quota exceeded"),
     ("memory", (errno.ENOMEM,), MEMORY,
      r"[Cc]annot allocate memory|can't allocate memory|not enough memory|signal: Killed|\bMemoryError\b"),

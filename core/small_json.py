@@ -7,14 +7,14 @@ Retort parses what it has read there.
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from core.storage import Store, StoreError
 
 SMALL = 1 << 20  # bytes of a record, a transition, a heartbeat
 LARGE = 1 << 28  # of what lists the parts of a checkpoint or of a data set
 MOST_DEEP = 64  # levels of lists and objects in each other
-KINDS = {dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 T = TypeVar("T")
 
 
@@ -71,7 +71,8 @@ def fetch(store: Store, key: str, most: int = SMALL) -> bytes:
 
 def _depth(value: object) -> int:
     """Levels; at most one more than are allowed are counted, and without recursion."""
-    level, depth = [value], 0
+    level: list[Any] = [value]
+    depth = 0
     while depth <= MOST_DEEP:
         level = [each for each in level if isinstance(each, dict | list)]
         if not level:

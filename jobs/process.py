@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psutil import Process
 
+ENDING_S = 1.0
 FACTS = ["uids", "cmdline", "status"]
 
 
@@ -35,7 +37,12 @@ def runs(info: Mapping[str, Any], module: str, *words: str) -> bool | None:
     Whoever has written down its number may have meant another one.
     """
     here = alive(info)
-    return here and _found(info, module, words) is not None
+    if not here or _found(info, module, words):
+        return here
+    limit = time.monotonic() + ENDING_S
+    while _is_ending(info) and time.monotonic() < limit:
+        time.sleep(0.01)
+    return False
 
 
 def send(info: Mapping[str, Any], signum: signal.Signals, module: str, *words: str) -> bool:
@@ -50,6 +57,13 @@ def send(info: Mapping[str, Any], signum: signal.Signals, module: str, *words: s
     except psutil.Error:
         return False
     return True
+
+
+def _is_ending(info: Mapping[str, Any]) -> bool:
+    """Whether the kernel has taken away its command line, and is about to take away the rest."""
+    with suppress(OSError):
+        return bool(alive(info)) and not Path(f"/proc/{info['pid']}/cmdline").read_bytes()
+    return False
 
 
 def _found(info: Mapping[str, Any], module: str, words: Sequence[str]) -> Process | None:

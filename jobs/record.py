@@ -250,7 +250,7 @@ class Run:
     def _transition(self, key: str) -> Transition:
         raw = self._json(key, present=True)
         try:
-            found = Transition(**{**raw, "state": State(raw.get("state"))})
+            found = Transition(**{**raw, "state": State(str(raw.get("state")))})
         except (TypeError, ValueError) as error:
             raise Unreadable(f"{self.uri}/{key}", str(error)) from None
         whole = type(found.number) is type(found.attempt) is int and _is_time(found.time)

@@ -193,11 +193,11 @@ def test_entries_are_plain_json(run: Store) -> None:
 def test_a_manifest_of_other_kinds_is_damaged_though_its_checksum_is_right(run: Store) -> None:
     sound = manifests.to_json(manifest(4))
     place = sound["position"]
-    wrong = [{"world": "1"}, {"world": 1 << 40}, {"created": None}, {"files": {"a": {"size": "1", "crc32c": 1}}}, {"files": []},
-             {"position": {**place, "step": "4"}}, {"position": {**place, "stage": 4}}, {"position": []}, {"slices": [1]},
-             {"metrics": [1]}, {"score": "x"}]  # fmt: skip
-    for number, change in enumerate(wrong, 1):
-        body = {"schema": commits.SCHEMA, "kind": "checkpoint", "entry": {**sound, **change}}
+    wrong = [{"world": "1"}, {"world": 1 << 40}, {"created": None}, {"files": []},
+             {"files": {"a": {"size": "1", "crc32c": 1}}}, {"position": {**place, "step": "4"}}, {"score": "x"},
+             {"position": {**place, "stage": 4}}, {"position": []}, {"slices": [1]}, {"metrics": [1]}]  # fmt: skip
+    for number, other in enumerate(wrong, 1):
+        body = {"schema": commits.SCHEMA, "kind": "checkpoint", "entry": {**sound, **other}}
         run.put(commits.key(number), json.dumps({**body, "crc32c": commits._sum(body)}).encode())
     for content in (b"[" * 100_000, b'{"schema": 2, "crc32c": 1, "entry": ' + b"[" * 90 + b"]" * 90 + b"}"):
         run.put(commits.key(len(commits.numbers(run)) + 1), content)

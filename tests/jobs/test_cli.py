@@ -171,7 +171,7 @@ def test_recipes_are_listed_for_people_and_programs(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(MemoryError(), "error: memory is used up: lower "), (OSError(24, "Too many open files"), "error: the limit of open"),
+    [(MemoryError(), "error: memory is used up: lower "), (OSError(24, "Too many"), "error: the limit of open files"),
      (OSError(28, "No space left on device", "/dev/shm/x"), "error: /dev/shm is used up"),
      (NotReady("no memory"), "error: no memory")],
 )  # fmt: skip
