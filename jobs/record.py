@@ -18,14 +18,11 @@ from core import small_json
 from core.small_json import Unreadable
 from core.storage import MissingObject, Store, open_store
 from jobs.errors import JobError, UserError, nearest
+from jobs.pulse import is_time, silent
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
     from jobs.launchers import Look
-
-HEARTBEAT_LIMIT_S = 60.0
-END_OF_TIME = 1e11  # seconds since the epoch, which calendars still have a date for
-CLOCKS_S = 60.0  # by which the clocks of two machines may differ; what is dated further ahead proves nothing
 
 
 class State(StrEnum):
@@ -151,7 +148,7 @@ class Run:
     def heartbeat(self) -> dict[str, Any]:
         """The newest progress, with `time` and `attempt`; empty before the first.  Raises Unreadable."""
         beat = self._json("heartbeat.json")
-        if beat and not (_is_time(beat.get("time")) and type(beat.get("attempt")) is int):
+        if beat and not (is_time(beat.get("time")) and type(beat.get("attempt")) is int):
             raise Unreadable(f"{self.uri}/heartbeat.json", "it has no time or no attempt")
         return beat
 
@@ -227,25 +224,12 @@ class Run:
         look = self.look(last)
         if look.alive is not None:
             return "" if look.alive else look.text
-        return self._silent(last, heartbeat) if last.state == State.RUNNING else ""
-
-    def _silent(self, last: Transition, heartbeat: dict[str, Any]) -> str:
-        """Why there is no pulse; "" where there is one.
-
-        A time that lies ahead of this machine's clock proves nothing, else one beat could hide for years that the run
-        has died. Then the store's own clock decides, by when it took the beat.
-        """
-        limit = time.time() + CLOCKS_S
+        if last.state != State.RUNNING:
+            return ""
         said = {_key(last.number): last.time}
         if heartbeat.get("attempt") == last.attempt:
             said["heartbeat.json"] = float(heartbeat["time"])
-        kept = {e.key: e.modified for key, when in said.items() if when > limit for e in self.store.list(key)}
-        past = [when for when in (said | kept).values() if when <= limit]
-        if not past:
-            ahead_s = max(said.values()) - time.time()
-            return f"its last sign of life lies {ahead_s:.0f} s ahead of this machine's clock: is one of them wrong?"
-        silent_s = time.time() - max(past)
-        return f"no heartbeat for {silent_s:.0f} s" if silent_s > HEARTBEAT_LIMIT_S else ""
+        return silent(self.store, said)
 
     def _transition(self, key: str) -> Transition:
         raw = self._json(key, present=True)
@@ -253,7 +237,7 @@ class Run:
             found = Transition(**{**raw, "state": State(str(raw.get("state")))})
         except (TypeError, ValueError) as error:
             raise Unreadable(f"{self.uri}/{key}", str(error)) from None
-        whole = type(found.number) is type(found.attempt) is int and _is_time(found.time)
+        whole = type(found.number) is type(found.attempt) is int and is_time(found.time)
         if not whole or not isinstance(found.info, dict) or _key(found.number) != key:
             raise Unreadable(f"{self.uri}/{key}", "it is no transition of this number")
         return found
@@ -265,10 +249,6 @@ class Run:
             if present:
                 raise
             return {}
-
-
-def _is_time(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < END_OF_TIME  # type: ignore[operator]
 
 
 def _key(number: int) -> str:

@@ -18,7 +18,8 @@ from core.small_json import SMALL
 from core.storage import MissingObject
 from jobs import cli, process
 from jobs.errors import UserError
-from jobs.record import HEARTBEAT_LIMIT_S, LEGAL, IllegalMove, Run, State
+from jobs.pulse import HEARTBEAT_LIMIT_S
+from jobs.record import LEGAL, IllegalMove, Run, State
 
 MakeRun = Callable[..., Run]
 
