@@ -19,9 +19,12 @@ from urllib.parse import unquote
 
 import google_crc32c
 
+from core import shortage
 from core.atomic import TEMP, publish
 
 PIECE = 1 << 20  # bytes copied at once: larger ones cost a page fault per page each time
+FULL, LIMIT = ": free space or choose another store", f": {shortage.FILES}"
+HINTS = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EMFILE: LIMIT, errno.ENFILE: LIMIT}
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -153,8 +156,7 @@ def local_errors(where: str, *absent: type[OSError]) -> Iterator[None]:
     except PermissionError as error:
         raise AccessDenied(f"{where}: {error.strerror}: check owner and mode of the folder") from error
     except OSError as error:
-        hint = ": free space or choose another store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise StoreError(f"{where}: {error.strerror}{hint}") from error
+        raise StoreError(f"{where}: {error.strerror}{HINTS.get(error.errno or 0, '')}") from error
 
 
 def check_range(start: int, size: int) -> None:

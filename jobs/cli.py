@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.errors import UserError, code_of, describe, nearest
+from jobs.launchers import configured
 from jobs.settings import Settings, collect
 from jobs.terminal import guarded, safe
 
@@ -137,7 +138,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"unknown verb {arguments[0]!r}{nearest(arguments[0], VERBS)} (python -m jobs --help)")
         parsed = parser().parse_args(arguments)
         settings = collect(parsed, os.environ)
-        with guarded():
+        with guarded(), configured(settings.cluster):
             return VERBS[parsed.verb].load()(settings)
     except BrokenPipeError:  # `... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

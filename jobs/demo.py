@@ -5,7 +5,6 @@ The server keeps objects in memory; what must outlive it is mirrored under .reto
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -16,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core import small_json
 from jobs.errors import BUG, OK, PREEMPTED
 from jobs.settings import Settings
 
@@ -111,7 +111,7 @@ def _newest(root: str, wanted: str) -> Any:
 
 def _results(run: Any) -> dict[str, Any]:
     entries = [e for e in run.store.list("evaluations/") if e.key.endswith(".json")]
-    found = [json.loads(run.store.get(e.key)) for e in entries]
+    found = [small_json.read(run.store, e.key, dict) for e in entries]
     return {result["protocol"]: result for result in found}
 
 

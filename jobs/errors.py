@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+from core import shortage
 from core.text import control
 
 OK, BUG, USER, NOT_READY, HUNG, PREEMPTED = 0, 1, 2, 3, 70, 75
@@ -50,13 +51,20 @@ class NotReady(JobError):  # noqa: N818 - reads as what it says
 
 def exit_code(error: BaseException) -> int | None:
     """Exit code of an expected error; None for a bug, which deserves its traceback."""
+    known = _expected(error)
+    if known is not None:
+        return known
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in ("core", "jobs", "tests"):
+        return NOT_READY
+    return NOT_READY if shortage.told(error) else None
+
+
+def _expected(error: BaseException) -> int | None:
     if isinstance(error, JobError):
         return error.code
     for module, name, code in EXPECTED:
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
             return code
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in ("core", "jobs", "tests"):
-        return NOT_READY
     return None
 
 
@@ -64,7 +72,12 @@ def message(error: BaseException) -> str:
     """One clear text for an expected error, without credentials."""
     if isinstance(error, ModuleNotFoundError):
         return f"Python package {error.name} is missing: run `make setup`"
-    return redact(str(error))
+    return redact(_shortage(error) or str(error))
+
+
+def _shortage(error: BaseException) -> str:
+    """Unless the error is one of those that say themselves what to do."""
+    return "" if _expected(error) is not None else shortage.told(error)
 
 
 def code_of(error: BaseException) -> int:

@@ -71,7 +71,7 @@ def conclude(run: Run, view: View) -> int:
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:
     """Nobody works on the run any more. One whose supervisor lives may be about to be queued again."""
     if view.last.state in (State.PREEMPTED, State.FAILED):
-        return not launcher.look(run.handle(view.last)).alive
+        return not launcher.look(run, run.handle(view.last)).alive
     return view.last.state in ENDED or bool(view.lost)
 
 
@@ -81,12 +81,20 @@ def progress_text(row: dict[str, Any]) -> str:
         ("waiting", lambda v: f"waiting for {v}"),
         ("stage", lambda v: f"stage {v}"),
         ("step", lambda v: f"step {v}" + (f"/{row['steps']}" if "steps" in row else "")),
-        ("loss", lambda v: f"loss {float(v):.4g}"),
-        ("images_per_s", lambda v: f"{float(v):.0f} img/s"),
-        ("data_wait", lambda v: f"data-wait {100 * float(v):.0f} %"),
-        ("eta_s", lambda v: f"ETA {duration(float(v))}"),
+        ("loss", lambda v: f"loss {_number(v):.4g}"),
+        ("images_per_s", lambda v: f"{_number(v):.0f} img/s"),
+        ("data_wait", lambda v: f"data-wait {100 * _number(v):.0f} %"),
+        ("eta_s", lambda v: f"ETA {duration(_number(v))}"),
     ]
     return ", ".join(show(row[key]) for key, show in parts if row.get(key) is not None)
+
+
+def _number(value: object) -> float:
+    """As it was written, be it as text; NaN for what is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
 
 
 def duration(seconds: float) -> str:
@@ -129,9 +137,9 @@ class Bar:
         self._bar: tqdm[Any] = tqdm(total=None, bar_format="{desc} {percentage:3.0f}%|{bar:24}| {postfix}", leave=True)
 
     def show(self, view: View) -> None:
-        steps = view.heartbeat.get("steps")
-        if steps and view.heartbeat.get("attempt") == view.last.attempt:
-            self._bar.total, self._bar.n = steps, view.heartbeat.get("step", 0)
+        steps, step = view.heartbeat.get("steps"), view.heartbeat.get("step", 0)
+        if steps and type(steps) is type(step) is int and view.heartbeat.get("attempt") == view.last.attempt:
+            self._bar.total, self._bar.n = steps, step
         self._bar.set_description_str(one_line(f"{view.id} {view.shown}"), refresh=False)
         self._bar.set_postfix_str(one_line(_status(view)))
 

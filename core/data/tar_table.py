@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from core import small_json
 from core.data.fingerprint import fingerprint
 from core.data.shards import ROW
 from core.data.source import DataError
@@ -49,7 +50,7 @@ class TarTable:
     @classmethod
     def unpack(cls, data: bytes) -> TarTable:
         end = data.index(b"\n") + 1
-        head = json.loads(data[:end])
+        head = small_json.parse(data[:end], dict, "the table of a scan", small_json.LARGE)
         count = sum(head["samples"])
         rows = np.frombuffer(data, ROW, count, end)
         key_ends = np.frombuffer(data, "<i8", count, end + rows.nbytes)

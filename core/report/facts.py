@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from core import commits
+from core import commits, small_json
 from core.merge import load_yaml
 from core.metrics import read_metrics
 from core.storage import Entry, MissingObject, Store
@@ -103,7 +102,7 @@ def _recipe(text: str) -> Json:
 
 
 def gather(run: Store, root: str, now: float) -> Facts:
-    """Read a run folder.  Raises StoreError for anything but what is not there."""
+    """Read a run folder.  Raises StoreError, also as Unreadable, for anything but what is not there."""
     course = list(commits.checkpoints(run, warn=_ignore))
     evaluations = [e.key for e in run.list("evaluations/") if e.key.endswith(".json")]
     return Facts(
@@ -131,8 +130,10 @@ def _text(run: Store, key: str) -> str:
 
 
 def _json(run: Store, key: str) -> Json:
-    content: Json = json.loads(_text(run, key) or "{}")
-    return content
+    try:
+        return small_json.read(run, key, dict)
+    except MissingObject:
+        return {}
 
 
 def _starts(run: Store) -> dict[int, int]:

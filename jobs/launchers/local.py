@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from core.recipe import Recipe
 
 SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
+PROGRAM = "jobs.launchers.local"
 WORKER = (sys.executable, "-m", "jobs.worker")
 PRELOAD = ("torch", "torch._dynamo", "timm", "deepspeed", "core.train", "jobs.heartbeat", "jobs.ranks_env")
 
@@ -65,7 +66,7 @@ class Local(Launcher):
         from core.config import to_yaml
 
         run, attempt = order.run, order.attempt
-        logs = Path.cwd() / ".retort" / "logs" / run.id
+        logs = self.folder() / run.id
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -91,22 +92,27 @@ class Local(Launcher):
         own += [*place, "--preload", ",".join(self.preload), "--", *self.worker]
         with (logs / "supervisor.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "jobs.launchers.local", *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                [sys.executable, "-m", PROGRAM, *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
                 start_new_session=True, env={**os.environ, **imports(), "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         return crew.work(arguments, count, placement)
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
-        return process.send(info, signal.SIGTERM)  # the supervisor gives ranks so long and no longer
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
+        return process.send(info, signal.SIGTERM, *_program(run))  # the supervisor gives ranks so long and no longer
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        alive = process.alive(info)
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        alive = process.runs(info, *_program(run))
         return Look(alive, f"its process {info['pid']} on this machine is gone" if alive is False else "")
 
 
 LAUNCHER = Local()
+
+
+def _program(run: Run) -> tuple[str, ...]:
+    """Module and words of a run's supervisor."""
+    return PROGRAM, "--run", run.id, "--store", run.root
 
 
 def main(arguments: list[str]) -> int:

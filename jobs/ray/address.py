@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 from core import machine
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
-from jobs.launchers import Launcher, Look, Looks, Order, tries
+from jobs.launchers import Elsewhere, Launcher, Look, Looks, Order, tries
 from jobs.placement import Placement, allowed_ranks, demand, fits, gathered
 from jobs.ray import command
 from jobs.spec import REPOSITORY
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from core.recipe import Recipe
+    from jobs.record import Run
 
 STOP_S = 30  # that workers without a record have to leave
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -115,7 +117,7 @@ class OnCluster(Launcher):
         return [self._submit(order, placement) for order in orders]
 
     def _submit(self, order: Order, placement: Placement) -> bool:
-        at, job = self.client.get_address(), f"{command.tagged(order.run.id, order.run.root)}-{order.attempt}"
+        at, job = self.address, f"{command.tagged(order.run.id, order.run.root)}-{order.attempt}"
         info = {**order.info, **asdict(placement), "launcher": self.name, "job": job, "at": at, "session": self.session}
         return tries.submit(order, info, lambda: self._start(job, order, placement, at))
 
@@ -154,21 +156,22 @@ class OnCluster(Launcher):
                     raise NotReady(f"the Ray cluster at {self.address} takes no job: {_told(error)}") from None
                 time.sleep(1.0)
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ask the job to end: its ranks read in the record that the run is cancelled, save and leave."""
         if at_once:
             return False  # Ray has been told how long it may take, and ends it then
         try:
-            return bool(self.client.stop_job(info["job"]))
+            job = _job(run, info)  # before anybody is asked
+            return bool(self.client.stop_job(job))
         except _errors(NotReady):
             return False
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        return self._looks.at(info["job"], lambda: self._look(info))
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        return self._looks.at(str(info.get("job")), lambda: self._look(run, info))
 
-    def _look(self, info: Mapping[str, Any]) -> Look:
-        job = info["job"]
+    def _look(self, run: Run, info: Mapping[str, Any]) -> Look:
         try:
+            job = _job(run, info)
             if info.get("session") not in (None, self.session):
                 return Look(None, f"another Ray cluster than that of job {job} answers at {self.address} now")
             found = self.client.get_job_info(job)
@@ -184,12 +187,21 @@ class OnCluster(Launcher):
             return Look(False, "\n".join([f"Ray job {job} {ENDED[state]}", *(redact(line) for line in said)]))
         return Look(True, f"Ray job {job} is {state} at {self.address}")
 
-    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+    def logs(self, run: Run, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
         """What the entry point said, over all attempts; the ranks' own words are in the store."""
         try:
-            return {"entry.log": redact(self.client.get_job_logs(info["job"])).encode()}
+            job = _job(run, info)
+            return {"entry.log": redact(self.client.get_job_logs(job)).encode()}
         except _errors(NotReady):
             return {}
+
+
+def _job(run: Run, info: Mapping[str, Any]) -> str:
+    """Of a run's record.  Raises Elsewhere: a job of this name would be another run's."""
+    job, own = str(info.get("job", "")), command.tagged(run.id, run.root)
+    if not re.fullmatch(rf"{re.escape(own)}-\d{{1,9}}", job, re.ASCII):
+        raise Elsewhere(f"its record names a Ray job {job!r}, which is none of run {run.id}'s: nobody was asked")
+    return job
 
 
 def _is_here(value: str) -> bool:

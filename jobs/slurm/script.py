@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from core.recipe import Recipe
 
 TEMPLATES = REPOSITORY / "slurm"
+PREFIX = "retort-"  # of the names of jobs
 NOTHING, CANCELLED = 10, 11  # exit codes of jobs.slurm.step: nothing to do here; end the job as cancelled
 SIGNAL_EARLY_S = 60  # by which SLURM may send its signal too soon, and that starting again may take
 # What the shell that submits may have set for other programs, and what would lead ranks or images astray.
@@ -115,6 +116,11 @@ def _of_runs(runs: Sequence[str], root: str, placement: Placement) -> dict[str, 
     return {"runs": shlex.join(runs), "store": shlex.quote(root), "threads": str(placement.threads)}
 
 
+def names(run: str) -> tuple[str, str]:
+    """Of the jobs that may train or follow up this run: its own, and an array's."""
+    return f"{PREFIX}{_name([run])}", f"{PREFIX}{_name([run, run])}"
+
+
 def _name(runs: Sequence[str]) -> str:
     return runs[0] if len(runs) == 1 else f"{runs[0].rpartition('-')[0]}-sweep"
 
@@ -140,7 +146,7 @@ def _fill(
     words: Mapping[str, str], folders: Mapping[str, str],
 ) -> Script:  # fmt: skip
     array = {"array": f"0-{tasks - 1}"} if tasks > 1 else {}
-    directives = {"job-name": f"retort-{name}", **own, **array,
+    directives = {"job-name": f"{PREFIX}{name}", **own, **array,
                   "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
     place, retort = _container(cluster)
     exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from core import small_json
+from core.small_json import Unreadable
 from core.storage import Entry, MissingObject, Store, open_store
-from jobs.errors import OK, UserError
+from jobs.errors import OK, UserError, redact
 from jobs.extract import ORDERS
 from jobs.record import ENDED, ID, Run, State
 from jobs.settings import Settings
@@ -66,7 +67,12 @@ def _finds(root: str, runs: list[Run], days: int) -> Iterator[Find]:
 def _orphans(run: Run) -> Iterator[Find]:
     from core import sweep  # loads torch: not for a store without runs
 
-    for orphan in sweep.orphans(run.store, run.view().active):
+    try:
+        found = sweep.orphans(run.store, run.view().active)
+    except (Unreadable, MissingObject) as error:
+        print(f"run {run.id} stays as it is: {redact(str(error))}")
+        return
+    for orphan in found:
         yield Find(f"{run.uri}/{orphan.key}: no checkpoint", orphan.size, partial(sweep.remove, run.store, orphan))
 
 
@@ -100,12 +106,14 @@ def _undecided(run: Run, noted: Mapping[str, Note]) -> str:
     from core.config import fingerprint
     from core.merge import ConfigError
 
-    if run.last().state is State.SUCCEEDED:
-        return ""
     try:
+        if run.last().state is State.SUCCEEDED:
+            return ""
         recipe = run.recipe()
     except UserError:  # cut short, and never to begin
         return ""
+    except (Unreadable, MissingObject) as error:
+        return redact(str(error))
     except ConfigError as error:
         return f"its recipe cannot be read ({error})"
     begun = {name for name, note in noted.items() if note.recipe == fingerprint(recipe)}
@@ -119,11 +127,18 @@ def _folder(what: str, store: Store, entries: list[Entry]) -> Find:
 
 
 def _old(runs: list[Run], days: int) -> set[str]:
-    """Ended so long ago, and not what another run's recipe names as weights."""
+    """Ended so long ago, and not what another run's recipe names as weights.
+
+    None while one of them cannot be read, which may name any.
+    """
     needed: set[str] = set()
     ended = {}
     for run in runs:
-        view = run.view()
+        try:
+            view = run.view()
+        except (Unreadable, MissingObject) as error:
+            print(f"runs stay, however old: run {run.id} may need any of them: {redact(str(error))}")
+            return set()
         if view.last.state in ENDED and time.time() - view.last.time > 86400 * days:
             ended[run.id] = _references(run)
         else:
@@ -135,12 +150,15 @@ def _old(runs: list[Run], days: int) -> set[str]:
 
 def _references(run: Run) -> set[str]:
     """Runs that a run's recipe or record names."""
-    record: dict[str, Any] = run.record()
+    return {name for key in ("recipe.yaml", "record.json") for name in re.findall(rf"run:({ID})", _text(run, key))}
+
+
+def _text(run: Run, key: str) -> str:
+    """Whether or not anybody could make sense of it."""
     try:
-        text = run.store.get("recipe.yaml").decode()
-    except MissingObject:  # cut short: its record may still tell
-        text = ""
-    return set(re.findall(rf"run:({ID})", text + json.dumps(record)))
+        return run.store.get_range(key, 0, small_json.LARGE).decode(errors="replace")
+    except MissingObject:  # cut short
+        return ""
 
 
 def _mb(size: int) -> str:

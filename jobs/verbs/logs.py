@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 from core.text import one_line
 from jobs import launchers
@@ -56,7 +57,10 @@ def _logs(run: Run) -> list[tuple[str, str]]:
     prefix = f"logs/attempt-{last.attempt:04d}/"
     texts = {entry.key.removeprefix(prefix): run.store.get(entry.key) for entry in run.store.list(prefix)}
     handle = run.handle(last)
-    near = launchers.find(handle.get("launcher", "local")).logs(handle, last.attempt) if handle else {}
+    near = {}
+    if handle:
+        with suppress(launchers.Elsewhere):
+            near = launchers.of(handle).logs(run, handle, last.attempt)
     for name, content in near.items():
         if len(content) > len(texts.get(name, b"")):
             texts[name] = content

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from core import machine
+from core.small_json import Unreadable
 from jobs.record import Run
 from jobs.settings import Settings
 
@@ -56,15 +57,16 @@ def new_run(root: str) -> Iterator[Callable[..., Run]]:
 
     yield make
     for run in made:
-        if run.exists():
-            end_supervisor(run)
+        with suppress(Unreadable):
+            if run.exists():
+                end_supervisor(run)
 
 
 def end_supervisor(run: Run) -> None:
     """Kill what may still work on a run: the supervisor's session."""
     pid = run.handle(run.last()).get("pid")
     for entry in Path("/proc").iterdir():
-        if pid and entry.name.isdigit():
+        if type(pid) is int and pid > 1 and entry.name.isdigit():
             with suppress(ProcessLookupError, PermissionError):
                 if os.getsid(int(entry.name)) == pid:
                     os.kill(int(entry.name), 9)

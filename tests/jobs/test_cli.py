@@ -186,3 +186,22 @@ def test_recipes_are_listed_for_people_and_programs(capsys: pytest.CaptureFixtur
     demo = next(row for row in json.loads(capsys.readouterr().out) if row["recipe"] == "demo")
     assert demo["method"] == "unic"
     assert len(demo["teachers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(MemoryError(), "error: memory is used up: lower "), (OSError(24, "Too many"), "error: the limit of open files"),
+     (OSError(28, "No space left on device", "/dev/shm/x"), "error: /dev/shm is used up"),
+     (NotReady("no memory"), "error: no memory")],
+)  # fmt: skip
+def test_what_the_machine_lacks_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def short(settings: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.Verb, "load", lambda verb: short)
+    assert cli.main(["status"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(words)
+    assert "Traceback" not in said

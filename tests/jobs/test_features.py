@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from core.config import load
+from core.small_json import Unreadable
 from core.storage import open_store
 from jobs import cli, extract, launchers
 from jobs.errors import BUG
@@ -141,6 +143,18 @@ def test_a_worker_says_what_is_wrong_without_a_traceback(capsys: pytest.CaptureF
         for number, handler in old.items():
             signal.signal(number, handler)
     assert re.match(r"error: .*features/orders/0{16}\.json does not exist\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("change", [{"recipe": "name: evil\n"}, {"splits": ["heldout"]}, {"recipe": None}])
+def test_an_order_that_was_changed_in_the_store_is_not_obeyed(
+    root: str, tiny_recipe: Path, change: dict[str, object]
+) -> None:
+    name, store = extract.order(root, load(str(tiny_recipe)), ["train"]), open_store(root)
+    key = f"{extract.ORDERS}/{name}.json"
+    assert extract._read(store, name)["splits"] == ["train"]
+    store.put(key, json.dumps({**json.loads(store.get(key)), **change}).encode())
+    with pytest.raises(Unreadable, match=f"{key}: it has been changed since it was given: make features"):
+        extract.work(root, name)
 
 
 def test_workers_that_are_lost_leave_their_work_to_the_others(tmp_path: Path) -> None:

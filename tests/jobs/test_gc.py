@@ -184,3 +184,34 @@ def test_runs_that_will_never_read_features_keep_none(
         run.store.delete("recipe.yaml")
     gc(root, capsys, "--days", "30")
     assert features() == {"young", "orders/new.json"}
+
+
+@pytest.mark.parametrize("key", ["transitions/000000.json", "transitions/000009.json", "heartbeat.json", "record.json",
+                                 "recipe.yaml", "commits/000001.json", "features/main.json", "holds/000001-x.json",
+                                 "checkpoints/00000002-000001/rank-0000.json"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b'{"a": 1}', b"\xff"])
+def test_a_damaged_object_of_one_run_does_not_keep_others_from_being_cleared(
+    messy: Run, new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str], key: str, content: bytes
+) -> None:
+    new_run("demo-2", "name: demo\n").store.put(key, content)
+    said = gc(root, capsys)
+    assert folders(messy) == {"00000004-000001"}
+    if key.startswith("transitions"):
+        assert f"run demo-2 stays as it is: unreadable: {root}/runs/demo-2/{key}" in said
+    gc(root, capsys, "--days", "1")
+
+
+def test_while_a_run_cannot_be_read_what_it_may_need_stays(
+    new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, damaged = new_run("demo-1", "name: demo\n"), new_run("demo-2", "name: demo\n")
+    ended = Transition(1, State.CANCELLED, time.time() - 10 * 86400)
+    old.store.put(_key(1), _dump(asdict(ended)))
+    damaged.store.put(_key(1), b"{")
+    said = gc(root, capsys, "--days", "1")
+    assert "runs stay, however old: run demo-2 may need any of them: unreadable: " in said
+    assert "features stay: run demo-" in said
+    assert old.exists()
+    damaged.store.delete(_key(1))
+    gc(root, capsys, "--days", "1")
+    assert not old.exists()

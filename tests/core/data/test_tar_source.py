@@ -121,6 +121,8 @@ def test_what_is_no_sample_is_passed_over_with_a_reason(store: FileStore, member
         ({"json": b'{"label": 1.5}'}, "neither a number"),
         ({"json": b'{"label": "caf\xe9"}'}, "no JSON object in UTF-8"),
         ({"json": b"[1]"}, "no JSON object"),
+        ({"json": b"[" * 100_000}, "more than 64 lists and objects in each other"),
+        ({"json": b'{"class": "dog", "a": ' + b"[" * 500 + b"]" * 500 + b"}"}, "more than 64 lists and objects"),
     ],
 )
 def test_a_sample_whose_label_cannot_be_read_is_left_out(

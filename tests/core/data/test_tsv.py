@@ -140,8 +140,10 @@ def test_half_a_character_in_a_sentence_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", ["null", "[]", "3", '{"captions": []}', '{"caption": null}', '{"tags": [1]}', '"my task"']
-)
+    "payload",
+    ["null", "[]", "3", '{"captions": []}', '{"caption": null}', '{"tags": [1]}', '"my task"', "[" * 100_000,
+     "[" * 500 + '"a dog"' + "]" * 500, f'"{"a" * (1 << 20)}"'],
+)  # fmt: skip
 def test_a_payload_without_a_sentence_is_refused(payload: str) -> None:
     with pytest.raises(CorruptText, match="no sentence in"):
         candidates(payload)
