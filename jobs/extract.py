@@ -15,6 +15,7 @@ from jobs.errors import OK, PREEMPTED, code_of, describe
 if TYPE_CHECKING:
     from core.features.about import Split
     from core.recipe import Recipe
+    from core.storage import Store
 
 ORDERS = "features/orders"
 
@@ -25,10 +26,23 @@ def order(root: str, recipe: Recipe, splits: list[Split]) -> str:
     from core.storage import open_store
 
     content = {"recipe": to_yaml(recipe), "splits": splits}
-    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    name = _name(content)
     stored = content | {"commit": spec.code().commit}
     open_store(root).put(f"{ORDERS}/{name}.json", json.dumps(stored).encode())
     return name
+
+
+def is_order(store: Store, key: str) -> bool:
+    """Whether `order` wrote this object: it bears the name of its content.  Raises StoreError."""
+    try:
+        content = json.loads(store.get(key))
+        return key == f"{ORDERS}/{_name({part: content[part] for part in ('recipe', 'splits')})}.json"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _name(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def arguments(root: str, name: str) -> list[str]:
