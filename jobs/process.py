@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psutil import Process
+
+PR_SET_PDEATHSIG = 1
 
 
 def identity(pid: int) -> dict[str, Any]:
@@ -79,6 +82,14 @@ def leave(processes: list[Process], signum: signal.Signals, grace_s: float) -> i
             each.kill()
     psutil.wait_procs(late, 5.0)
     return len(late)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent ends, so that this process does not outlive it unseen."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _within(words: list[str], line: list[str]) -> bool:
