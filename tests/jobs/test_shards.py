@@ -69,14 +69,12 @@ def test_wrong_arguments_are_named(arguments: list[str], words: str, capsys: pyt
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("target", ["{photos}/shards", "{photos}/../photos/shards", "{link}/shards", "{escaped}/shards"])
+@pytest.mark.parametrize("way", ["photos", "photos/../photos", "link", "%70hotos"])
 def test_a_target_in_the_source_is_refused_however_it_is_written(
-    target: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "link").symlink_to(photos)
-    escaped = str(photos).replace("photos", "%70hotos")
-    uri = "file://" + target.format(photos=photos, link=tmp_path / "link", escaped=escaped)
-    assert cli.main(["shards", f"file://{photos}", uri]) == 2
+    assert cli.main(["shards", f"file://{photos}", f"file://{tmp_path}/{way}/shards"]) == 2
     assert "lies in SRC" in capsys.readouterr().err
     assert not (photos / "shards").exists()
 
