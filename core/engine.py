@@ -40,10 +40,10 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def init_distributed(device: torch.device, store: dist.Store) -> None:
+def init_distributed(device: torch.device, store: Any) -> None:
     """Join the process group of RANK and WORLD_SIZE.
 
-    store: through which ranks meet. One that torch would make of MASTER_ADDR listens on every network.
+    store: torch's, through which ranks meet. One that torch would make of MASTER_ADDR listens on every network.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed

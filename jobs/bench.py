@@ -20,7 +20,7 @@ RESULTS = Path("tests") / "perf" / "results"
 def main(settings: Settings) -> int:
     """Benchmark RECIPE (default demo) on one rank; prints a table and keeps the figures as JSON."""
     import torch
-    from torch.distributed import HashStore
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from core.bench import bench
     from core.engine import init_distributed, pick_device, shutdown

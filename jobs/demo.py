@@ -57,7 +57,7 @@ def _distil(first: Settings) -> tuple[int, list[str]]:
     """The recipe once for each of `evaluate.students` seeds; exit code of what went wrong, and the runs."""
     recipe = first.load_recipe()
     seeds = [recipe.seed + i for i in range(recipe.evaluate.students)]
-    runs = []
+    runs: list[str] = []
     for number, seed in enumerate(seeds):
         _say(f"\nseed {seed} ({number + 1} of {len(seeds)})")
         code, run = _one(replace(first, set=(*first.set, f"seed={seed}") if number else first.set))

@@ -57,7 +57,7 @@ def serving(bucket: str) -> Iterator[str]:
     """The server with an empty bucket, its credentials in the environment; yields its endpoint."""
     import boto3
     from botocore.credentials import Credentials
-    from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line per request
@@ -74,7 +74,7 @@ def serving(bucket: str) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        boto3.client("s3").create_bucket(Bucket=bucket)
+        boto3.Session(credentials.access_key, credentials.secret_key).client("s3").create_bucket(Bucket=bucket)
         yield endpoint
     finally:
         server.shutdown()

@@ -66,7 +66,7 @@ def reach(run: Store, key: str, world: int, far: bool, wait_s: float) -> tuple[A
 
 
 def _private(store: Any, told: Told, address: str) -> Any:
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(told["port"]), SECRET: told["secret"]}
     return PrefixStore(told["secret"], store)

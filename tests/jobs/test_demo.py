@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +16,7 @@ from jobs.launchers.local import Local
 from jobs.placement import Placement
 from jobs.record import Run, State
 from jobs.settings import Settings
+from tests.cli import wait_for
 from tests.jobs.conftest import end_supervisor, fake_worker
 
 
@@ -25,14 +25,15 @@ def test_a_demo_that_is_told_to_end_ends_its_run_and_keeps_what_there_is(
     signum: signal.Signals, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Run] = []
+    name = f"demo-{signum:010}"  # what the server keeps in memory outlives it in this process
 
     def distil(settings: Settings) -> tuple[int, list[str]]:
-        run = Run(settings.store, "demo-0123456789")
-        run.create("", {})
+        run = Run(settings.store, name)
+        assert run.create("", {})
         begun.append(run)
-        Local(fake_worker("wait"), preload=()).submit([Order(run, load(str(tiny_recipe)), 1, {})], Placement(2, "cpu", 1))
-        while run.last().state != State.RUNNING:
-            time.sleep(0.05)
+        order = Order(run, load(str(tiny_recipe)), 1, {})
+        Local(fake_worker("wait"), preload=()).submit([order], Placement(2, "cpu", 1))
+        wait_for("its ranks", lambda: run.last().state == State.RUNNING, 60)
         os.kill(os.getpid(), signum)
         raise AssertionError("left where it was")
 
@@ -45,5 +46,5 @@ def test_a_demo_that_is_told_to_end_ends_its_run_and_keeps_what_there_is(
         assert kept.last().state == State.CANCELLED
         assert not process.alive(kept.handle(kept.last()))
     finally:
-        if Run(demo.place(), "demo-0123456789").exists():
-            end_supervisor(Run(demo.place(), "demo-0123456789"))
+        if Run(demo.place(), name).exists():
+            end_supervisor(Run(demo.place(), name))
