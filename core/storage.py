@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +97,19 @@ class Store(ABC):
         """Removes objects; absent ones are fine."""
 
     @abstractmethod
-    def abandoned(self, older_s: float, remove: bool) -> int:
-        """Number of writes that were broken off so long ago and left something no reader sees; `remove` clears them."""
+    def abandoned(self, older_s: float, own: Callable[[str], bool], remove: bool) -> int:
+        """Number of writes that were broken off so long ago and left something no reader sees; `remove` clears them.
+
+        own: whether the caller's programs write at this key; in a folder, one whose last part is a temporary name.
+        """
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the epoch by the clock that `Entry.modified` comes from, which need not be this machine's."""
+
+    def confined(self) -> Store:
+        """The same objects without what lies elsewhere: a folder's links are neither listed nor followed to delete."""
+        return self
 
     @abstractmethod
     def sub(self, prefix: str) -> Store: ...

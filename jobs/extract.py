@@ -34,6 +34,19 @@ def order(root: str, recipe: Recipe, splits: list[Split]) -> str:
     return name
 
 
+def is_order(store: Store, key: str) -> bool:
+    """Whether `order` wrote this object: it bears the name of its content.  Raises StoreError."""
+    try:
+        content = json.loads(store.get(key))
+        return key == f"{ORDERS}/{_name({part: content[part] for part in ('recipe', 'splits')})}.json"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _name(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def arguments(root: str, name: str) -> list[str]:
     """Of Python, for a worker."""
     return ["-m", "jobs.extract", "--store", root, "--order", name]

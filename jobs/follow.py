@@ -13,7 +13,9 @@ from core.storage import StoreError
 from core.text import one_line
 from jobs.errors import BUG, OK, PREEMPTED, redact
 from jobs.launchers import Launcher
+from jobs.leaving import as_interrupts
 from jobs.record import ENDED, Run, State, View
+from jobs.steps import steps
 
 POLL_S = 0.5
 LINE_EVERY_S = 5.0
@@ -23,19 +25,20 @@ OUTAGE_S = 300.0
 def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
     """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 75 preempted.
 
-    An interrupt (Ctrl-C) leaves the run alone and returns 0.
+    An interrupt (Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed) leaves the run alone and returns 0.
     """
     display = Bar() if sys.stderr.isatty() else Lines()
     try:
-        while True:
-            view = _view(run)
-            if view.last.attempt >= attempt and _rests(run, view, launcher):
-                break
+        with as_interrupts():
+            while True:
+                view = _view(run)
+                if view.last.attempt >= attempt and _rests(run, view, launcher):
+                    break
+                display.show(view)
+                time.sleep(poll_s)
             display.show(view)
-            time.sleep(poll_s)
-        display.show(view)
     except KeyboardInterrupt:
-        print(f"\ndetached: the run goes on; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
+        print(f"\ndetached: the run goes on\nnext: {steps(run.root, run.id, 'status', 'cancel')}", flush=True)
         return OK
     finally:
         display.close()
@@ -60,11 +63,11 @@ def conclude(run: Run, view: View) -> int:
     state = view.last.state
     if state == State.SUCCEEDED:
         print(f"{run.id} succeeded: {run.uri}")
-        print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}")
+        print(f"next: {steps(run.root, run.id, 'eval', 'export', 'report')}")
         return OK
     reason = view.lost or view.last.info.get("reason", "")
     print(f"{run.id} {view.shown}" + (f": {reason}" if reason else ""))
-    print(f"next: make logs RUN={run.id}; make resume RUN={run.id}")
+    print(f"next: {steps(run.root, run.id, 'logs', 'resume')}")
     return PREEMPTED if state == State.PREEMPTED else BUG
 
 

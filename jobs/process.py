@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 ENDING_S = 1.0
 FACTS = ["uids", "cmdline", "status"]
+PR_SET_PDEATHSIG = 1
 
 
 def identity(pid: int) -> dict[str, Any]:
@@ -125,6 +127,14 @@ def leave(processes: list[Process], signum: signal.Signals, grace_s: float) -> i
             each.kill()
     psutil.wait_procs(late, 5.0)
     return len(late)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent ends, so that this process does not outlive it unseen."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _within(words: list[str], line: list[str]) -> bool:

@@ -52,6 +52,16 @@ def division(shard_sizes: Ints, repeats: int, rows: int) -> list[int]:
     return ends
 
 
+def is_set(folder: Store) -> bool:
+    """Whether this is the folder of a set: its name is that of what it says it is of.  Raises StoreError."""
+    try:
+        content = json.loads(folder.get(ABOUT))
+        named = fingerprint(content["about"])
+    except (MissingObject, ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return named == content.get("fingerprint") and folder.uri.endswith(f"/{named[:16]}")
+
+
 class FeatureSet:
     """One such folder.  ends: (parts,), rows at which parts end."""
 

@@ -28,6 +28,7 @@ from jobs.spec import imports
 if TYPE_CHECKING:
     from core.recipe import Recipe
 
+TIED = "RETORT_TIED"  # where it is set, a run ends with the process that submitted it, whose store does
 SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
 PROGRAM = "jobs.launchers.local"
 WORKER = (sys.executable, "-m", "jobs.worker")
@@ -132,6 +133,8 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     for signum in STOP_SIGNALS:
         signal.signal(signum, supervisor.stop)
+    if TIED in os.environ:
+        process.die_with_parent()
     try:
         return supervisor.work(options.attempt)
     except Exception as error:

@@ -32,6 +32,7 @@ from jobs.ray import command
 from jobs.ray.command import KUBERNETES
 from jobs.record import ACTIVE, IllegalMove, Run, State, Transition
 from jobs.spec import imports
+from jobs.steps import steps
 
 ATTEMPT = (sys.executable, "-m", "jobs.ray.attempt")
 T = TypeVar("T")
@@ -186,7 +187,8 @@ class Entry:
         verbs = [verb for verb in self.options.after.split(",") if verb]
         failed = {verb: code for verb, code in (self._verbs(verbs) if verbs else {}).items() if code != OK}
         for verb, code in failed.items():
-            print(f"{verb} of {self.run.id} failed with exit code {code}: make {verb} RUN={self.run.id}", flush=True)
+            again = steps(self.run.root, self.run.id, verb)
+            print(f"{verb} of {self.run.id} failed with exit code {code}: {again}", flush=True)
         passing = [code for code in failed.values() if code == PREEMPTED or may_pass(code)]
         if failed and not passing and self.options.at.startswith(KUBERNETES):
             return OK  # as in `_failed`

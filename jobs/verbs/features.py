@@ -13,6 +13,7 @@ from jobs.errors import BUG, OK, UserError, nearest
 from jobs.launchers import Launcher
 from jobs.placement import Placement, gpu_count
 from jobs.settings import Settings
+from jobs.steps import elsewhere
 from jobs.verbs.corpus import choose, parse
 from jobs.verbs.results import names
 from jobs.verbs.submit import choose_launcher, ready, say
@@ -71,10 +72,11 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
     for work in works:
         run.store(work, root, run.device(recipe), say)
     if settings.select:
-        return choose(recipe, root, settings.select)
+        return choose(recipe, root, settings)
     print(stored(works))
     profile = f" PROFILE={settings.profile}" if settings.profile else ""
-    print(f"next: make submit RECIPE={recipe.name}{profile} {training(works, settings)}")
+    recipe_word = shlex.quote(settings.recipe)
+    print(f"next: make submit RECIPE={recipe_word}{profile} {training(works, settings)}{elsewhere(root)}")
     return OK
 
 

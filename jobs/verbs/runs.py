@@ -9,12 +9,13 @@ from typing import Any
 from core.small_json import Unreadable
 from core.storage import MissingObject
 from core.text import one_line
-from jobs import launchers
+from jobs import demo, launchers
 from jobs.errors import OK, UserError, redact
 from jobs.follow import duration, progress_text
 from jobs.launchers import Launcher
 from jobs.record import ENDED, Run, State, Transition, View
 from jobs.settings import Settings
+from jobs.steps import elsewhere, steps
 from jobs.table import table
 
 CANCEL_WAIT_S = 60.0
@@ -28,16 +29,27 @@ def status(settings: Settings) -> int:
     root = settings.root()
     if settings.run:
         return _detail(Run.find(root, settings.run), settings.json)
-    rows = sorted((_row(Run(root, run_id)) for run_id in Run.list(root)), key=lambda row: -row["since"])
+    rows = _rows(root)
     if settings.json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        cells = [[r["run"], r["state"], str(r["attempt"]), r["progress"], _ago(r["since"]) if r["since"] else ""]
-                 for r in rows]  # fmt: skip
-        print(table(["run", "state", "attempt", "progress", "changed"], cells))
+        print(_table(rows))
     else:
         print(f"no runs in {root} yet: make submit RECIPE=demo starts one")
+    if not settings.json and elsewhere(root) == "" and root != demo.place() and (rows := _rows(demo.place())):
+        print(f"\nof make demo, with{elsewhere(demo.place())}\n{_table(rows)}")
     return OK
+
+
+def _rows(root: str) -> list[dict[str, Any]]:
+    """Of all runs of a store, the newest first."""
+    return sorted((_row(Run(root, run_id)) for run_id in Run.list(root)), key=lambda row: -row["since"])
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    cells = [[r["run"], r["state"], str(r["attempt"]), r["progress"], _ago(r["since"]) if r["since"] else ""]
+             for r in rows]  # fmt: skip
+    return table(["run", "state", "attempt", "progress", "changed"], cells)
 
 
 def _ago(when: float) -> str:
@@ -141,10 +153,8 @@ def _clock(seconds: float) -> str:
 
 def _next(run: Run, view: View) -> str:
     if view.last.state == State.SUCCEEDED:
-        return f"make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}"
-    if view.active:
-        return f"make logs RUN={run.id}; make cancel RUN={run.id}"
-    return f"make logs RUN={run.id}; make resume RUN={run.id}"
+        return steps(run.root, run.id, "eval", "export", "report")
+    return steps(run.root, run.id, "logs", "cancel" if view.active else "resume")
 
 
 def cancel(settings: Settings) -> int:

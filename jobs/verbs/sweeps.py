@@ -19,6 +19,7 @@ from jobs.launchers import Launcher, Order
 from jobs.placement import Placement
 from jobs.record import ID, Run, State
 from jobs.settings import Settings, split
+from jobs.steps import elsewhere
 from jobs.table import table
 from jobs.verbs.submit import checked, choose_launcher, described, say, wanted
 
@@ -44,7 +45,7 @@ def submit_sweep(settings: Settings) -> int:
     about = {"recipe": settings.recipe, "sweep": settings.sweep, "runs": dict(zip(ids, members, strict=True))}
     open_store(root).put(f"{FOLDER}/{name}.json", json.dumps(about, indent=1).encode())
     code = _launch([(o, p) for o, p in zip(found, places, strict=True) if o is not None], launcher, settings)
-    say(f"next: make status SWEEP={name}\nsweep: {name}")
+    say(f"next: make status SWEEP={name}{elsewhere(root)}\nsweep: {name}")
     return code
 
 

@@ -93,16 +93,21 @@ def test_a_dry_run_says_what_there_would_be_to_do(features: Command, root: str) 
     assert not [name for name in files(root) if "features/" in name]
 
 
-def test_the_next_command_asks_for_what_was_stored(features: Command) -> None:
+def test_the_next_command_asks_for_what_was_stored_where_it_is(
+    features: Command, tiny_recipe: Path, root: str
+) -> None:
     _, out, _ = features("--split", "train", "--set", "seed=3")
-    assert "next: make submit RECIPE=tiny SET='seed=3 features=auto data.views=1 data.codec=bf16'" in out
+    wanted = "SET='seed=3 features=auto data.views=1 data.codec=bf16'"
+    assert f"next: make submit RECIPE={tiny_recipe} {wanted} STORE={root}\n" in out
 
 
-def test_everything_is_stored_and_the_next_command_is_named(features: Command, root: str) -> None:
+def test_everything_is_stored_and_the_next_command_is_named(
+    features: Command, tiny_recipe: Path, root: str
+) -> None:
     code, out, said = features("--views", "2")
     assert code == 0, said
     assert re.search(rf"train: big: {root}/features/[0-9a-f]{{16}}", out)
-    assert "next: make submit RECIPE=tiny SET='features=require data.views=2 data.codec=bf16'" in out
+    assert f"next: make submit RECIPE={tiny_recipe} SET='features=require data.views=2 data.codec=bf16' " in out
     before = files(root)
     assert len([name for name in before if name.endswith(".safetensors")]) == 2
     _, again, _ = features("--views", "2")

@@ -20,6 +20,7 @@ from jobs.launchers import Order
 from jobs.launchers.local import Local
 from jobs.placement import Placement
 from jobs.record import Run, State
+from jobs.spec import REPOSITORY
 from tests.jobs.conftest import end_supervisor, fake_worker
 from tests.kube_server import KubeServer
 
@@ -235,3 +236,33 @@ def test_auto_takes_slurm_then_ray_then_this_machine(monkeypatch: pytest.MonkeyP
     assert launchers.automatic() == ("ray", "RAY_ADDRESS is set")
     monkeypatch.setattr("jobs.slurm.queue.answers", lambda: True)
     assert launchers.automatic()[0] == "slurm"
+
+
+TIED = """
+import sys, time
+from core.config import load
+from jobs.launchers import Order
+from jobs.launchers.local import Local
+from jobs.placement import Placement
+from jobs.record import Run
+root, recipe, *worker = sys.argv[1:]
+run = Run(root, "demo-0123456789")
+Local(worker, preload=()).submit([Order(run, load(recipe), 1, {})], Placement(2, "cpu", 1))
+print("submitted", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_whose_store_ends_with_the_command_does_not_outlive_it(
+    new_run: MakeRun, root: str, tiny_recipe: Path
+) -> None:
+    run = new_run()
+    env = {**os.environ, "RETORT_TIED": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", TIED, root, str(tiny_recipe), *fake_worker("wait")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"submitted\n"
+        wait_until(lambda: run.last().state == State.RUNNING)
+        child.kill()
+    wait_until(lambda: not process.alive(run.handle(run.last())))
+    assert run.last().state == State.PREEMPTED

@@ -18,12 +18,12 @@ import yaml
 from core.config import names
 from core.storage import open_store
 from jobs import cluster
-from jobs.launchers.ranks import free_port
 from jobs.ray.kube import NEEDED
 from jobs.ray.manifest import TEMPLATE
 from tests.jobs.ray import golden
 from tests.k8s import schema
 from tests.k8s.conftest import FOLDER, Objs
+from tests.ranks import free_port
 
 Obj = dict[str, Any]
 Overlay = Callable[[str], Objs]

@@ -23,6 +23,10 @@ def test_the_demo_distils_evaluates_exports_and_reports_and_is_not_repeated(tmp_
     page = report.read_text()
     assert "<svg" in page
     assert "http://127" not in page, "the report stands alone"
+    [run] = re.findall(r"^run: (\S+)", first, re.M)
+    assert run in shell("status"), "also where nobody names its store"
+    steps = shell.type(first.replace("make demo FRESH=1", ""), "eval", "export", "report", "status", "logs")
+    assert re.search(r"knn +student", steps["eval"])
     runs = sorted((tmp_path / ".retort" / "demo" / "runs").iterdir())
     second = shell("demo", *shorter, timeout_s=300)
     assert "already done" in second

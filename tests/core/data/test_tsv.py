@@ -15,6 +15,7 @@ from core.data.source import DataError, open_source
 from core.data.tsv import Table, Tables, feature, open_tables, route, write_index
 from core.data.tsv_source import TsvSource
 from core.folder import FileStore
+from core.storage import StoreError, open_store
 
 
 @pytest.fixture
@@ -112,6 +113,18 @@ def test_a_folder_of_tables_is_a_source_of_images(store: FileStore) -> None:
     for broken in (1, 2):
         assert np.unique(source.picture(broken).reshape(-1, 3), axis=0).tolist() == [[122, 116, 104]]
         assert source.picture(broken).shape == (256, 256, 3)
+
+
+def test_a_list_in_a_bucket_names_no_file_of_this_machine(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.tsv").write_text("key\tsecret\n")
+    (tmp_path / "secret.lineidx").write_text("0\n")
+    theirs = open_store(bucket)
+    theirs.put("image.list", f"{tmp_path}/secret.tsv\n".encode())
+    with pytest.raises(DataError, match="a file of this machine; name tables of the bucket"):
+        open_tables(theirs, "image")
+    theirs.put("image.list", b"../secret.tsv\n")
+    with pytest.raises(StoreError, match="is no key"):
+        open_tables(theirs, "image")
 
 
 def test_a_folder_with_pictures_stays_a_folder_of_pictures(store: FileStore) -> None:
