@@ -15,12 +15,11 @@ from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Look, Looks, OnSite, Order
 from jobs.placement import Placement
 from jobs.record import IllegalMove, Run, State
-from jobs.slurm import queue, script
+from jobs.slurm import queue, script, submission
 from jobs.slurm.queue import SlurmError
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
-    from jobs.slurm.script import Script
 
 
 class Slurm(OnSite):
@@ -80,11 +79,11 @@ class Slurm(OnSite):
         runs, root = [order.run.id for order in orders], orders[0].run.root
         folder = script.folder(self.cluster)
         made = script.training(orders[0].recipe, self.cluster, placement, runs, root, folder)
-        array = _sbatch(made, folder, hold=True)
+        array = submission.submit(made, folder, hold=True)
         jobs = [array] if len(orders) == 1 else [f"{array}_{i}" for i in range(len(orders))]
         try:
             places = runs, root, folder, array, machine.named(orders[0].recipe)
-            after = {verb: _sbatch(script.after(verb, self.cluster, placement, *places), folder)
+            after = {verb: submission.submit(script.after(verb, self.cluster, placement, *places), folder)
                      for verb in orders[0].after}  # fmt: skip
         except SlurmError:
             queue.call("scancel", array)
@@ -123,7 +122,7 @@ class Slurm(OnSite):
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         folder = script.folder(self.cluster)
-        job = _sbatch(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
+        job = submission.submit(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
         logs = f"{folder}/job-{job}{'_*' if count > 1 else ''}.log"
         return f"SLURM job {job}: {count} workers; squeue --jobs={job} shows them, scancel {job} ends them; {logs}"
 
@@ -178,31 +177,6 @@ def _said(info: Mapping[str, Any]) -> str:
     except OSError:
         return ""
     return "".join(f"\n{line}" for line in dict.fromkeys(lines))
-
-
-def _sbatch(made: Script, folder: Path, hold: bool = False) -> str:
-    """Give the script to sbatch; returns the job's number.  Raises SlurmError with SLURM's words."""
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = made.directives["job-name"]
-    options = {key: value or True for key, value in made.directives.items() if key != "job-name"}
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(
-        job_name=name, use_srun=False, stderr_to_stdout=True, time=None, wckey=None,
-        additional_parameters={**options, **({"hold": True} if hold else {})},
-    )  # fmt: skip
-    try:
-        # submitit's own route would pickle a function; what runs here is the script that can be read in slurm/
-        return str(executor._submit_command(made.body).job_id)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(f"sbatch refuses the job. SLURM says: {_words(str(error))}") from None
-
-
-def _words(text: str) -> str:
-    lines = [line for line in redact(text).splitlines() if line.startswith("sbatch: ")]
-    return " ".join(line.removeprefix("sbatch: ") for line in lines) or redact(text).strip()
 
 
 def _check_shared(cluster: Cluster, root: str) -> None:

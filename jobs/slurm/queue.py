@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.errors import NotReady, redact
+from jobs.slurm.environment import clean
 
 ANSWER_S = 30.0
 GONE = "Invalid job id"
@@ -51,7 +52,7 @@ class Partition:
 def call(*command: str) -> str:
     """Standard output of a command of SLURM.  Raises SlurmError with what SLURM said."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=clean())
     except FileNotFoundError:
         raise SlurmError(
             f"there is no {command[0]} on this machine: submit from a login node of the cluster, or with LAUNCHER=local"
