@@ -146,11 +146,19 @@ def partition(name: str) -> Partition:
 
 
 def gres_counts(gres: str) -> dict[str, int]:
-    """`gpu:h100:8(S:0-1),gpu:a100:2` -> {"h100": 8, "a100": 2, "": 10}: GPUs by type, and in all under ""."""
+    """`gpu:h100:8(S:0-1),gpu:1g.10gb:7` -> {"h100": 8, "1g.10gb": 7, "": 15}: GPUs by type, and in all under "".
+
+    The parts are NAME[:TYPE][:COUNT]; a type may begin with a digit, so the count is what stands last and is a number.
+    """
     found: dict[str, int] = {}
-    for kind, count in re.findall(r"\bgpu(?::([A-Za-z][^:,()]*))?:(\d+)", gres):
-        for name in {kind, ""}:
-            found[name] = found.get(name, 0) + int(count)
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = [word for word in part.strip().split(":") if word != "no_consume"]
+        if name != "gpu":
+            continue
+        number = int(rest.pop()) if rest and rest[-1].isdecimal() else 1
+        kind = ":".join(rest)
+        for each in {kind, ""}:
+            found[each] = found.get(each, 0) + number
     return found
 
 
