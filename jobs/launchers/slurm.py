@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import machine
 from core.storage import StoreError
+from core.text import shown
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Look, Looks, OnSite, Order
@@ -20,6 +23,8 @@ from jobs.slurm.queue import SlurmError
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
+
+LAST_LINES, LOG_BYTES = 6, 64 << 10  # of a job's own log
 
 
 class Slurm(OnSite):
@@ -157,6 +162,10 @@ class Slurm(OnSite):
         how = queue.ended(info["job"]) or "not in the queue any more"
         return Look(False, f"SLURM job {info['job']} is {how}{_said(info)}")
 
+    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+        found = super().logs(info, attempt)
+        return found if found or not (text := _job_log(info)) else {"job.log": text.encode()}
+
 
 LAUNCHER = Slurm()
 
@@ -170,13 +179,26 @@ def _claim(order: Order, info: dict[str, Any]) -> bool:
 
 
 def _said(info: Mapping[str, Any]) -> str:
-    """What the job's newest step had to say of its end, where its log can be seen from here."""
+    """What the job's newest step had to say of its end, else the last of its log, where that can be seen from here."""
     path = Path(info.get("logs", "")) / f"said-{info['job'].partition('_')[0]}.log"
     try:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("error: ")]
     except OSError:
+        lines = []
+    lines = lines or [line for line in _job_log(info).splitlines() if line.strip()][-LAST_LINES:]
+    return "".join(f"\n{shown(line)}" for line in dict.fromkeys(lines))
+
+
+def _job_log(info: Mapping[str, Any]) -> str:
+    """The end of what the batch script and SLURM itself wrote: all there is of a job that no attempt came of."""
+    if not (info.get("logs") and re.fullmatch(r"\d+(_\d+)?", info.get("job", ""))):
         return ""
-    return "".join(f"\n{line}" for line in dict.fromkeys(lines))
+    try:
+        with (Path(info["logs"]).parent / f"job-{info['job']}.log").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+            return redact(file.read().decode(errors="replace"))
+    except OSError:
+        return ""
 
 
 def _check_shared(cluster: Cluster, root: str) -> None:

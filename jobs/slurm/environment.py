@@ -31,6 +31,6 @@ def clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in away}
 
 
-def forget() -> str:
-    """Names for `unset` in a batch script, as bash expands them."""
-    return " ".join(f'"${{!{prefix}@}}"' for prefix in OF_A_STEP)
+def of_a_step() -> list[str]:
+    """What to unset in a batch script, where it was submitted by hand from inside a step, as words of bash."""
+    return [f'"${{!{prefix}@}}"' for prefix in OF_A_STEP]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import load
+from core.config import load, to_yaml
 from core.recipe import Recipe
 from core.storage import StoreError, open_store
 from jobs import cli, doctor, inputs
@@ -145,3 +145,36 @@ def test_doctor_says_what_the_partition_has(says: Says, tmp_path: Path, root: st
     path = tmp_path / "site.yaml"
     path.write_text("partition: gpu\n")
     assert doctor.scheduler(Settings(cluster=str(path)), None, root) == "partition gpu: 3 nodes, of 96 CPUs and 8 GPUs"
+
+
+def test_a_job_that_ends_before_an_attempt_shows_its_last_lines(
+    says: Says, new_run: MakeRun, recipe: Recipe, tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, why = new_run(), "srun: error: CPU binding outside of job step allocation, allocated CPUs are: 0x2."
+    run.move(State.QUEUED, 1, launcher="slurm", job="12_0", slurm="", logs=str(tmp_path / "logs" / run.id))
+    says("squeue", "")
+    says("sacct", "FAILED|1:0\n")
+    run.write_recipe(to_yaml(recipe))
+    (tmp_path / "logs" / run.id).mkdir(parents=True)
+    (tmp_path / "logs" / run.id / "said-12.log").write_text("")
+    (tmp_path / "logs" / "job-12_0.log").write_text("\x1b[31mearlier\n" * 9 + f"\n{why}\nsrun: error: n1: unable\n")
+    lost = run.view().lost
+    assert lost.startswith("SLURM job 12_0 is FAILED (exit code 1:0)\nearlier\n")
+    assert lost.endswith(f"\n{why}\nsrun: error: n1: unable")
+    assert cli.main(["status", run.id, "--store", root]) == 0
+    assert why in capsys.readouterr().out
+    assert cli.main(["logs", run.id, "--store", root]) == 0
+    told = capsys.readouterr().out
+    assert "/job.log <==" in told
+    assert why in told
+
+
+def test_the_job_s_own_log_is_for_want_of_another(new_run: MakeRun, tmp_path: Path) -> None:
+    info = {"job": "12", "logs": str(tmp_path / "demo")}
+    assert Slurm().logs(info, 1) == {}
+    (tmp_path / "job-12.log").write_text("here\n")
+    assert Slurm().logs(info, 1) == {"job.log": b"here\n"}
+    assert Slurm().logs({**info, "job": "12/../job-12"}, 1) == {}
+    (tmp_path / "demo" / "attempt-0001").mkdir(parents=True)
+    (tmp_path / "demo" / "attempt-0001" / "rank-0000.log").write_text("rank\n")
+    assert Slurm().logs(info, 1) == {"rank-0000.log": b"rank\n"}
