@@ -10,7 +10,7 @@ from jobs.cluster import Cluster
 from jobs.errors import NotReady
 from jobs.launchers import Launcher, Look, Order
 from jobs.placement import Placement
-from jobs.ray.address import OnCluster
+from jobs.ray.address import OnCluster, dashboard
 from jobs.ray.api import reachable
 from jobs.ray.command import KUBERNETES
 from jobs.ray.kubernetes import OnKubernetes
@@ -62,10 +62,10 @@ class Ray(Launcher):
         return self._way(info["at"]).logs(info, attempt)
 
     def _here(self) -> Launcher:
-        """Where a run would be submitted to from here.  Raises NotReady."""
+        """Where a run would be submitted to from here.  Raises NotReady, UserError."""
         address = os.environ.get("RAY_ADDRESS", "")
         if address:
-            return self._way(address)
+            return self._way(dashboard(address))
         if not reachable():
             raise NotReady("LAUNCHER=ray needs a Ray cluster, RAY_ADDRESS=http://head:8265, or a Kubernetes context "
                            "(kubectl config current-context) with the KubeRay operator")  # fmt: skip
