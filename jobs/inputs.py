@@ -18,6 +18,7 @@ from core.folder import FileStore
 from core.storage import Store, StoreError, UnfitStore, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
+from jobs.placement import allowed_ranks, typed
 from jobs.record import Run, State
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _gpu(recipe: Recipe, gpus: int) -> list[Missing]:
     if gpus >= wanted:
         return []
     how = (
-        'submit on a machine with GPUs; fewer ranks: SET="launch.ranks=1"; '
+        f"submit on a machine with {'more ' * bool(gpus)}GPUs; fewer ranks: {typed(allowed_ranks(recipe), gpus)}; "
         'slowly, without a GPU: SET="launch.device=cpu"; the same code at toy size: PROFILE=smoke'
     )
     return [Missing(f"launch.device: cuda needs {wanted} GPU{'s' * (wanted > 1)}, this machine shows {gpus}", how)]

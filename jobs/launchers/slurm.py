@@ -16,7 +16,7 @@ from core.text import shown
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Look, Looks, OnSite, Order
-from jobs.placement import Placement
+from jobs.placement import Placement, filling, typed
 from jobs.record import IllegalMove, Run, State
 from jobs.slurm import queue, script, submission
 from jobs.slurm.queue import SlurmError
@@ -52,7 +52,8 @@ class Slurm(OnSite):
         most = min(part.nodes, part.max_nodes)
         if placement.nodes > most:
             raise UserError(f"launch.ranks: {placement.ranks} ranks need {placement.nodes} nodes of {per_node}; "
-                            f"partition {part.name} gives a job {most:.0f} at most")  # fmt: skip
+                            f"partition {part.name} gives a job {most:.0f} at most: "
+                            f"{typed(filling(recipe, own.per_node), most * per_node)}")  # fmt: skip
         if placement.device == "cuda":
             there = part.gpus_per_node.get(own.gpu_type, 0)
             if per_node > there:

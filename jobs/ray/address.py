@@ -18,7 +18,7 @@ from core.text import one_line
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Launcher, Look, Looks, Order, tries
-from jobs.placement import Placement, allowed_ranks, demand, fits, gathered
+from jobs.placement import Placement, allowed_ranks, demand, fits, gathered, typed
 from jobs.ray import command
 from jobs.spec import REPOSITORY
 
@@ -128,9 +128,10 @@ class OnCluster(Launcher):
         room = sum(fits(node, each) for node in self.nodes)
         wanted = recipe.launch.min_ranks or placement.ranks
         if room < min(n for n in allowed_ranks(recipe) if n >= min(wanted, placement.ranks)):
+            fewer = f", type {typed(allowed_ranks(recipe), room)}" if room else ""
             raise UserError(
                 f"launch.ranks: {wanted} ranks of {command.told(each)} are wanted; the Ray cluster at {self.address} "
-                f"has room for {room}: add nodes, or set launch.ranks or the cluster file's cpus_per_task lower"
+                f"has room for {room}: add nodes{fewer}, or set the cluster file's cpus_per_task lower"
             )
 
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
