@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError, ResponseStreamingError
 from s3transfer.manager import TransferConfig, TransferManager
 
+from core.bucket_answers import following, knows_no_conditions, total_of, unfit
 from core.bucket_client import EXPIRED, Link, S3Options, code_of, explained, status_of
 from core.crc import joined
 from core.storage import PIECE, Entry, MissingObject, Store, StoreError, check_key, check_prefix, check_range, crc32c
@@ -67,7 +68,10 @@ class S3Store(Store):
 
         def upload(client: Any) -> None:
             with TransferManager(client, config) as manager:
-                manager.upload(str(path), self.bucket, name).result()
+                try:
+                    manager.upload(str(path), self.bucket, name).result()
+                except KeyError:  # of the answer to a part
+                    raise self._unfit("etag", key) from None
 
         self._run(key, upload)
 
@@ -79,6 +83,8 @@ class S3Store(Store):
             try:
                 client.put_object(**target, Body=data, IfNoneMatch="*", Metadata=writer)
             except ClientError as error:
+                if knows_no_conditions(error):
+                    raise self._unfit("condition", key) from None
                 if code_of(error) != "PreconditionFailed":
                     raise
                 return _metadata(client, target) == writer
@@ -101,10 +107,13 @@ class S3Store(Store):
             first = spans[0]
             spans += in_threads(save, range(sum(span.size for span in spans), first.total, part), threads)
             spans = [first, *(span for span in spans[1:] if span.size)]
+            if len(spans) > 1 and not all(span.etag for span in spans):
+                raise self._unfit("etag", key)
             if {span.etag for span in spans} == {first.etag} and sum(span.size for span in spans) == first.total:
                 return first.total, reduce(_joined, spans).crc32c
             file.truncate(0)
-        raise StoreError(f"{self.uri}/{key} changed each time while it was read: stop its writer, then read again")
+        raise StoreError(f"{self.uri}/{key} changed each time while it was read: stop its writer, then read again "
+                         "(if it has none: the ETag differs from answer to answer, so use another server)")  # fmt: skip
 
     def size(self, key: str) -> int | None:
         try:
@@ -115,14 +124,18 @@ class S3Store(Store):
     def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
         query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + check_prefix(prefix)}
         query |= {"MaxKeys": self.options.page} | ({"StartAfter": self.prefix + after} if after else {})
-        while True:
-            page = self._run(prefix, lambda client: client.list_objects_v2(**query))
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # the folder mark of some console
-                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["LastModified"].timestamp())
-            if not page.get("IsTruncated"):
-                return
-            query["ContinuationToken"] = page["NextContinuationToken"]
+        more: dict[str, Any] | None = {}
+        while more is not None:
+            query |= more
+            page = self._run(prefix, partial(_objects, dict(query)))
+            try:
+                items = [item for item in page.get("Contents", ()) if not item["Key"].endswith("/")]  # a folder's mark
+                found = [Entry(item["Key"][len(self.prefix) :], item["Size"], item["LastModified"].timestamp())
+                         for item in items]  # fmt: skip
+            except KeyError:
+                raise self._unfit("entry", prefix) from None
+            yield from found
+            more = self._following(prefix, page, {"NextContinuationToken": "ContinuationToken"}, query)
 
     def delete(self, *keys: str) -> None:
         targets = [self._target(key) for key in keys]
@@ -136,13 +149,14 @@ class S3Store(Store):
     def abandoned(self, older_s: float, own: Callable[[str], bool], remove: bool) -> int:
         query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix}
         found, before = [], self.now() - older_s
-        while True:
+        names = {"NextKeyMarker": "KeyMarker", "NextUploadIdMarker": "UploadIdMarker"}
+        more: dict[str, Any] | None = {}
+        while more is not None:
+            query |= more
             page = self._run("", partial(_uploads, dict(query)))
             old = [upload for upload in page.get("Uploads", ()) if upload["Initiated"].timestamp() <= before]
             found += [upload for upload in old if own(upload["Key"][len(self.prefix) :])]
-            if not page.get("IsTruncated"):
-                break
-            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            more = self._following("", page, names, query)
         for upload in found if remove else ():
             target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._run(upload["Key"], partial(_abort, target))
@@ -171,9 +185,11 @@ class S3Store(Store):
         def fetch(client: Any) -> _Part:
             if (answer := _answer(client, query)) is None:
                 return _Part(b"", 0, "")
-            data, span = _body(answer), answer.get("ContentRange")
-            total = int(span.rpartition("/")[2]) if span else len(data)
-            return _Part(data if span or size is None else data[start : start + size], total, answer["ETag"])
+            total = None if size is None else self._total(key, answer, start)
+            data = _body(answer)
+            if total is None:  # the whole object, asked for or not
+                return _Part(data if size is None else data[start : start + size], len(data), answer.get("ETag", ""))
+            return _Part(data, total, answer.get("ETag", ""))
 
         return self._run(key, fetch)
 
@@ -184,13 +200,31 @@ class S3Store(Store):
         def save(client: Any) -> _Span:
             if (answer := _answer(client, query)) is None:
                 return _Span(0, 0, 0, "")
-            span, end, crc = answer.get("ContentRange"), start, 0
+            total, end, crc = self._total(key, answer, start), start, 0
+            if total is None and start:
+                raise self._unfit("range", key)
             for data in _pieces(answer):
                 _write_at(file, end, data)
                 end, crc = end + len(data), crc32c(data, crc)
-            return _Span(end - start, crc, int(span.rpartition("/")[2]) if span else end, answer["ETag"])
+            return _Span(end - start, crc, end if total is None else total, answer.get("ETag", ""))
 
         return self._run(key, save)
+
+    def _total(self, key: str, answer: dict[str, Any], start: int) -> int | None:
+        if (total := total_of(answer, start)) == -1:
+            raise self._unfit("range", key)
+        return total
+
+    def _following(
+        self, key: str, page: dict[str, Any], names: dict[str, str], query: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        try:
+            return following(page, names, query)
+        except KeyError:
+            raise self._unfit("token", key) from None
+
+    def _unfit(self, lack: str, key: str) -> StoreError:
+        return unfit(lack, f"{self.uri}/{key}", self._link.host())
 
     def _run(self, key: str, action: Callable[[Any], T]) -> T:
         """`action` with this process's client; what botocore has not ridden out becomes one of the store's errors."""
@@ -224,6 +258,10 @@ def _answer(client: Any, query: dict[str, str]) -> dict[str, Any] | None:
         if code_of(error) != "InvalidRange":
             raise
         return None
+
+
+def _objects(query: dict[str, Any], client: Any) -> Any:
+    return client.list_objects_v2(**query)
 
 
 def _uploads(query: dict[str, Any], client: Any) -> Any:

@@ -24,6 +24,7 @@ DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessK
           "CredentialRetrievalError"}  # fmt: skip
 HINTS = {
     "NoSuchBucket": "this bucket does not exist there: create it or correct the URI",
+    "NotImplemented": "the server lacks what is asked of it, and no new try mends that: use another one",
     "RequestTimeTooSkewed": "set this machine's clock",
     "PermanentRedirect": "set AWS_DEFAULT_REGION to the bucket's region",
     "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the bucket's region",
@@ -109,7 +110,8 @@ def explained(error: Exception, where: str, host: str, attempts: int) -> StoreEr
         )
     status = status_of(error)
     patience = f" after {attempts} attempts: try again later" if status >= 500 or status == 429 else ""
-    hint = HINTS.get(code, f"the request failed{patience or ': check URI and server'}")
+    known = "NotImplemented" if status == 501 else code
+    hint = HINTS.get(known, f"the request failed{patience or ': check URI and server'}")
     return StoreError(f"{where}: {host} answers {code}{f' (HTTP {status})' if status else ''}: {hint}")
 
 

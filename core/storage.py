@@ -44,6 +44,10 @@ class AccessDenied(StoreError):  # noqa: N818 (says what is the matter)
     """The credentials are missing, wrong or lack a right."""
 
 
+class UnfitStore(StoreError):  # noqa: N818 (says what is the matter)
+    """The server lacks what a store is made of: a property of it, which trying again does not mend."""
+
+
 @dataclass(frozen=True)
 class Entry:
     key: str

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.folder import FileStore
-from core.storage import Store, StoreError, open_store, resolve
+from core.storage import Store, StoreError, UnfitStore, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
+from jobs.placement import allowed_ranks, typed
 from jobs.record import Run, State
 from jobs.steps import elsewhere, steps
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 PACKAGES = (
     "torch", "torchvision", "timm", "deepspeed", "boto3", "omegaconf", "safetensors", "google_crc32c", "PIL", "tqdm",
 )  # fmt: skip
+NO_CONDITIONS = "does not honour conditional puts (If-None-Match)"
 DATA_HOW = (
     'a folder of images: SET="data.source=file:///photos"; a bucket: SET="data.source=s3://bucket/images"; '
     "for large sets write shards once: make shards SRC=file:///photos DST=s3://bucket/name SHORT=256"
@@ -154,31 +158,57 @@ def is_empty(uri: str) -> bool:
     return next(iter(probe(uri).list()), None) is None
 
 
-def probe(uri: str) -> Store:
-    """A store for one quick look: a bucket that does not answer soon is as good as missing."""
+def probe(uri: str, **options: int) -> Store:
+    """A store for one quick look: a bucket that does not answer soon is as good as missing.  options: of S3Options."""
     store = open_store(uri)
     if isinstance(store, FileStore):
         return store
     from core.bucket import S3Store
     from core.bucket_client import S3Options
 
-    return S3Store(uri, S3Options(attempts=2, connect_timeout_s=3.0, read_timeout_s=10.0))
+    return S3Store(uri, S3Options(attempts=2, connect_timeout_s=3.0, read_timeout_s=10.0, **options))
 
 
 def check_store(root: str) -> Missing | None:
-    key = f"checks/{uuid.uuid4().hex}"
+    """What keeps a store from being used: no answer, no rights, or a server that lacks what Retort relies on."""
     how = (
         "check the address and the rights; another store: STORE=s3://bucket/prefix or STORE=file:///folder "
         "(credentials and endpoint come from the AWS variables and files)"
     )
     try:
-        store = probe(root)
-        good = store.put_if_absent(key, b"1") and not store.put_if_absent(key, b"2") and store.get(key) == b"1"
-        store.delete(key)
+        lack = _lack(root)
+    except UnfitStore as error:
+        return Missing(f"store: {redact(str(error))}", "use another server: STORE=s3://bucket/prefix or file:///folder")
     except StoreError as error:
         return Missing(f"store: {redact(str(error))}", how)
-    why = f"store: {root} does not honour conditional puts (If-None-Match)"
-    return None if good else Missing(why, "use another server")
+    return Missing(f"store: {root} {lack}", "use another server") if lack else None
+
+
+def _lack(root: str) -> str:
+    """What a store does otherwise than it must, tried on two objects so small that both lists and reads take parts."""
+    key, store = f"checks/{uuid.uuid4().hex}", probe(root, page=1, range_bytes=1)
+    keys = [f"{key}-1", f"{key}-2"]
+    first = store.put_if_absent(keys[0], b"12")
+    try:
+        lack = _otherwise(store, key, keys) if first else NO_CONDITIONS
+    except StoreError:
+        with suppress(StoreError):
+            store.delete(*keys)
+        raise
+    store.delete(*keys)
+    return lack
+
+
+def _otherwise(store: Store, key: str, keys: list[str]) -> str:
+    if store.put_if_absent(keys[0], b"34"):
+        return NO_CONDITIONS
+    store.put(keys[1], b"34")
+    with tempfile.TemporaryFile() as file:
+        store.load(keys[0], file, 2)
+        file.seek(0)
+        if (file.read(), store.get(keys[0]), store.get_range(keys[1], 1, 1)) != (b"12", b"12", b"4"):
+            return "gives other bytes than were put"
+    return "" if [entry.key for entry in store.list(key)] == keys else "does not list what was put"
 
 
 def packages() -> list[Missing]:
@@ -193,7 +223,7 @@ def _gpu(recipe: Recipe, gpus: int) -> list[Missing]:
     if gpus >= wanted:
         return []
     how = (
-        'submit on a machine with GPUs; fewer ranks: SET="launch.ranks=1"; '
+        f"submit on a machine with {'more ' * bool(gpus)}GPUs; fewer ranks: {typed(allowed_ranks(recipe), gpus)}; "
         'slowly, without a GPU: SET="launch.device=cpu"; the same code at toy size: PROFILE=smoke'
     )
     return [Missing(f"launch.device: cuda needs {wanted} GPU{'s' * (wanted > 1)}, this machine shows {gpus}", how)]

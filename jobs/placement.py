@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, inf
 from typing import TYPE_CHECKING
 
 from jobs.errors import UserError
@@ -35,19 +35,25 @@ def allowed_ranks(recipe: Recipe) -> list[int]:
     return [n for n in range(1, micro + 1) if micro % n == 0]
 
 
+def filling(recipe: Recipe, per_node: int) -> list[int]:
+    """Those of the allowed ranks that leave no node of several half empty."""
+    return [n for n in allowed_ranks(recipe) if n <= per_node or n % per_node == 0]
+
+
 def place(recipe: Recipe, gpus: int) -> Placement:
     """Ranks on this machine.  Raises UserError when the wanted number cannot share the global batch."""
     launch, device = recipe.launch, device_of(recipe, gpus)
-    ranks = _ranks(recipe, allowed_ranks(recipe), launch.ranks or (max(gpus, 1) if device == "cuda" else 2))
-    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    cores = len(os.sched_getaffinity(0))
+    room = max(gpus, 1) if device == "cuda" else cores
+    ranks = _ranks(recipe, allowed_ranks(recipe), launch.ranks or (room if device == "cuda" else 2), room=room)
+    threads = launch.threads or max(1, cores // ranks)
     return Placement(ranks, device, threads)
 
 
 def spread(recipe: Recipe, per_node: int, gpus: int, cpus: int) -> Placement:
     """Ranks on nodes of `per_node` each, all of them full; one node unless the recipe asks for more.  gpus: per node,
     cpus: per rank.  Raises UserError."""
-    fitting = [n for n in allowed_ranks(recipe) if n <= per_node or n % per_node == 0]
-    ranks = _ranks(recipe, fitting, recipe.launch.ranks or per_node, f" on nodes of {per_node}")
+    ranks = _ranks(recipe, filling(recipe, per_node), recipe.launch.ranks or per_node, f" on nodes of {per_node}")
     return Placement(ranks, device_of(recipe, gpus), recipe.launch.threads or cpus, -(-ranks // per_node))
 
 
@@ -67,7 +73,7 @@ def gathered(recipe: Recipe, nodes: Sequence[Mapping[str, float]], cpus: int) ->
     each = demand(device, cpus)
     room = sorted((fits(node, each) for node in nodes), reverse=True)
     usual = sum(room) if device == "cuda" else sum(count > 0 for count in room)
-    ranks = _ranks(recipe, allowed_ranks(recipe), recipe.launch.ranks or max(usual, 1))
+    ranks = _ranks(recipe, allowed_ranks(recipe), recipe.launch.ranks or max(usual, 1), room=max(sum(room), 1))
     filled = [sum(room[: n + 1]) for n in range(len(room))]
     full = next((n + 1 for n, count in enumerate(filled) if count >= ranks), len(room))
     return Placement(ranks, device, recipe.launch.threads or cpus, max(full, 1))
@@ -83,10 +89,18 @@ def device_of(recipe: Recipe, gpus: int) -> str:
     return ("cuda" if gpus else "cpu") if recipe.launch.device == "auto" else recipe.launch.device
 
 
-def _ranks(recipe: Recipe, allowed: list[int], wanted: int, where: str = "") -> int:
-    if recipe.launch.ranks and recipe.launch.ranks not in allowed:
+def typed(allowed: Sequence[int], most: float) -> str:
+    """What to type for as many ranks as are allowed and there is room for."""
+    return f'SET="launch.ranks={max((n for n in allowed if n <= most), default=1)}"'
+
+
+def _ranks(recipe: Recipe, allowed: list[int], wanted: int, where: str = "", room: float = inf) -> int:
+    """room: ranks that the machine at hand can do at once, for what is proposed."""
+    asked = recipe.launch.ranks
+    if asked and asked not in allowed:
         raise UserError(
-            f"launch.ranks: {recipe.launch.ranks} ranks{where} cannot share the micro-batches of a global batch "
-            f"evenly; allowed: {', '.join(map(str, allowed))} (or change train.batch, train.micro_batch)"
+            f"launch.ranks: {asked} ranks{where} cannot share the micro-batches of a global batch evenly; allowed: "
+            f"{', '.join(map(str, allowed))}: {typed(allowed, min(asked, room))} "
+            "(or change train.batch, train.micro_batch)"
         )
     return max(n for n in allowed if n <= wanted)

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from tests.faults import FaultyProxy
 from tests.kube_server import KubeServer
+from tests.quirky import Quirky, QuirkyServer, serving
 
 pytest_plugins = ["tests.durations"]
 TOOLS = Path(__file__).parent / "tools"
@@ -100,6 +101,21 @@ def proxy(bucket: str, aws_env: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def quirky(aws_env: pytest.MonkeyPatch, no_waiting: None) -> Iterator[Quirky]:
+    """quirky(quirk, ...): an S3 server that lacks these, as the one that the environment names."""
+    with ExitStack() as stack:
+
+        def start(*quirks: str) -> QuirkyServer:
+            server, url = stack.enter_context(serving(*quirks))
+            given = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "word", "DEFAULT_REGION": "x"}
+            for name, value in given.items():
+                aws_env.setenv(f"AWS_{name}", value)
+            return server
+
+        yield start
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError
 from jobs.launchers import Elsewhere, Launcher, Look, Order
 from jobs.placement import Placement
-from jobs.ray.address import OnCluster
+from jobs.ray.address import OnCluster, dashboard
 from jobs.ray.api import reachable
 from jobs.ray.command import KUBERNETES
 from jobs.ray.kubernetes import OnKubernetes
@@ -72,7 +72,7 @@ class Ray(Launcher):
             return {}
 
     def _here(self) -> Launcher:
-        """Where a run would be submitted to from here.  Raises NotReady."""
+        """Where a run would be submitted to from here.  Raises NotReady, UserError."""
         if address := _address():
             return self._on(address)
         if not reachable():
@@ -103,7 +103,9 @@ class Ray(Launcher):
 
 
 def _address() -> str:
-    return os.environ.get("RAY_ADDRESS", "").rstrip("/")
+    """Of the configured cluster's dashboard; "" = there is none.  Raises UserError for what is no such address."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    return dashboard(given) if given else ""
 
 
 LAUNCHER = Ray()

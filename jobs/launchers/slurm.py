@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from core import machine
 from core.storage import StoreError
+from core.text import shown
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Look, Looks, OnSite, Order
-from jobs.placement import Placement
+from jobs.placement import Placement, filling, typed
 from jobs.record import IllegalMove, Run, State
-from jobs.slurm import queue, script
+from jobs.slurm import queue, script, submission
 from jobs.slurm.queue import SlurmError
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
-    from jobs.slurm.script import Script
+
+LAST_LINES, LOG_BYTES = 6, 64 << 10  # of a job's own log
 
 
 class Slurm(OnSite):
@@ -48,7 +51,8 @@ class Slurm(OnSite):
         most = min(part.nodes, part.max_nodes)
         if placement.nodes > most:
             raise UserError(f"launch.ranks: {placement.ranks} ranks need {placement.nodes} nodes of {per_node}; "
-                            f"partition {part.name} gives a job {most:.0f} at most")  # fmt: skip
+                            f"partition {part.name} gives a job {most:.0f} at most: "
+                            f"{typed(filling(recipe, own.per_node), most * per_node)}")  # fmt: skip
         if placement.device == "cuda":
             there = part.gpus_per_node.get(own.gpu_type, 0)
             if per_node > there:
@@ -80,11 +84,11 @@ class Slurm(OnSite):
         runs, root = [order.run.id for order in orders], orders[0].run.root
         folder = self.folder()
         made = script.training(orders[0].recipe, self.cluster, placement, runs, root, folder)
-        array = _sbatch(made, folder, hold=True)
+        array = submission.submit(made, folder, hold=True)
         jobs = [array] if len(orders) == 1 else [f"{array}_{i}" for i in range(len(orders))]
         try:
             places = runs, root, folder, array, machine.named(orders[0].recipe)
-            after = {verb: _sbatch(script.after(verb, self.cluster, placement, *places), folder)
+            after = {verb: submission.submit(script.after(verb, self.cluster, placement, *places), folder)
                      for verb in orders[0].after}  # fmt: skip
         except SlurmError:
             queue.cancel(array)
@@ -123,7 +127,7 @@ class Slurm(OnSite):
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         folder = self.folder()
-        job = _sbatch(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
+        job = submission.submit(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
         logs = f"{folder}/job-{job}{'_*' if count > 1 else ''}.log"
         return f"SLURM job {job}: {count} workers; squeue --jobs={job} shows them, scancel {job} ends them; {logs}"
 
@@ -164,8 +168,22 @@ class Slurm(OnSite):
         if job:
             return Look(True, f"SLURM job {number} {job}")
         how = queue.ended(number) or "not in the queue any more"
-        said = _said(self.folder() / run.id, number) if info.get("logs") == str(self.folder() / run.id) else ""
+        said = _said(self.folder() / run.id, number) if self._has_logs(run, info) else ""
         return Look(False, f"SLURM job {number} is {how}{said}")
+
+    def logs(self, run: Run, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+        """Of the ranks, else of the job."""
+        found = super().logs(run, info, attempt)
+        if found or not self._has_logs(run, info):
+            return found
+        with suppress(SlurmError):
+            text = _job_log(self.folder() / run.id, queue.number(info.get("job")))
+            return {"job.log": text.encode()} if text else {}
+        return {}
+
+    def _has_logs(self, run: Run, info: Mapping[str, Any]) -> bool:
+        """Whether the record's folder of logs is the one that this machine knows: no other is read."""
+        return bool(info.get("logs") == str(self.folder() / run.id))
 
 
 LAUNCHER = Slurm()
@@ -186,42 +204,29 @@ def _is_here(info: Mapping[str, Any]) -> bool:
 
 def _is_of(run: Run, job: str) -> bool:
     """Whether a job bears the name of this run's, alone or in an array.  Raises SlurmError."""
-    return queue.named(job) in script.names(run.id)
+    name = queue.named(job)
+    return name in script.names(run.id) or submission.without_suffix(name) in script.names(run.id)
 
 
 def _said(logs: Path, job: str) -> str:
-    """What the job's newest step had to say of its end, where its log can be seen from here."""
+    """What the job's newest step had to say of its end, else the last of its log, where that can be seen from here."""
     path = logs / f"said-{job.partition('_')[0]}.log"
     try:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("error: ")]
     except OSError:
-        return ""
-    return "".join(f"\n{line}" for line in dict.fromkeys(lines))
+        lines = []
+    lines = lines or [line for line in _job_log(logs, job).splitlines() if line.strip()][-LAST_LINES:]
+    return "".join(f"\n{shown(line)}" for line in dict.fromkeys(lines))
 
 
-def _sbatch(made: Script, folder: Path, hold: bool = False) -> str:
-    """Give the script to sbatch; returns the job's number.  Raises SlurmError with SLURM's words."""
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = made.directives["job-name"]
-    options = {key: value or True for key, value in made.directives.items() if key != "job-name"}
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(
-        job_name=name, use_srun=False, stderr_to_stdout=True, time=None, wckey=None,
-        additional_parameters={**options, **({"hold": True} if hold else {})},
-    )  # fmt: skip
+def _job_log(logs: Path, job: str) -> str:
+    """The end of what the batch script and SLURM itself wrote: all there is of a job that no attempt came of."""
     try:
-        # submitit's own route would pickle a function; what runs here is the script that can be read in slurm/
-        return str(executor._submit_command(made.body).job_id)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(f"sbatch refuses the job. SLURM says: {_words(str(error))}") from None
-
-
-def _words(text: str) -> str:
-    lines = [line for line in redact(text).splitlines() if line.startswith("sbatch: ")]
-    return " ".join(line.removeprefix("sbatch: ") for line in lines) or redact(text).strip()
+        with (logs.parent / f"job-{job}.log").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+            return redact(file.read().decode(errors="replace"))
+    except OSError:
+        return ""
 
 
 def _check_shared(cluster: Cluster, root: str) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from core import machine
+from core.text import one_line
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
 from jobs.launchers import Elsewhere, Launcher, Look, Looks, Order, tries
-from jobs.placement import Placement, allowed_ranks, demand, fits, gathered
+from jobs.placement import Placement, allowed_ranks, demand, fits, gathered, typed
 from jobs.ray import command
 from jobs.spec import REPOSITORY
 
@@ -33,7 +34,28 @@ CONNECT_S, ANSWER_S = 5.0, 30.0
 AGENT_S = 60.0  # for which a cluster that has just started may refuse jobs
 NAMES = ("core", "jobs")  # of the code that goes along
 SHARED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")  # no secret is among them
+DASHBOARD, NO_DASHBOARD = 8265, (6379, 10001)  # Ray's usual ports; those of its control store and of ray://
 ENDED = {"SUCCEEDED": "has ended", "FAILED": "FAILED", "STOPPED": "was stopped"}
+
+
+def dashboard(given: str) -> str:
+    """RAY_ADDRESS as a URL; HOST:PORT is http.  Raises UserError, at once, for what is no dashboard's address.
+
+    Ray's client takes the same variable for its control store or for ray://, and waits long for one of them to answer.
+    """
+    text = given.strip().rstrip("/")
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port, parts = "", None, urlsplit("")
+    if parts.scheme in ("http", "https") and host and ("://" in text or (port and port not in NO_DASHBOARD)):
+        return url
+    name = "HOST" if not host or host in ("auto", "local") else f"[{host}]" if ":" in host else host
+    raise UserError(f"RAY_ADDRESS: {one_line(redact(given))!r} is not the address of a Ray cluster's dashboard, which "
+                    f"takes the jobs: set RAY_ADDRESS=http://{name}:{DASHBOARD} "
+                    f"({DASHBOARD} unless the cluster was given another port)")  # fmt: skip
 
 
 class OnCluster(Launcher):
@@ -108,9 +130,10 @@ class OnCluster(Launcher):
         room = sum(fits(node, each) for node in self.nodes)
         wanted = recipe.launch.min_ranks or placement.ranks
         if room < min(n for n in allowed_ranks(recipe) if n >= min(wanted, placement.ranks)):
+            fewer = f", type {typed(allowed_ranks(recipe), room)}" if room else ""
             raise UserError(
                 f"launch.ranks: {wanted} ranks of {command.told(each)} are wanted; the Ray cluster at {self.address} "
-                f"has room for {room}: add nodes, or set launch.ranks or the cluster file's cpus_per_task lower"
+                f"has room for {room}: add nodes{fewer}, or set the cluster file's cpus_per_task lower"
             )
 
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:

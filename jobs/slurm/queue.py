@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.errors import NotReady, redact
+from jobs.slurm.environment import clean
 
 ANSWER_S = 30.0
 GONE = "Invalid job id"
@@ -52,7 +53,7 @@ class Partition:
 def call(*command: str) -> str:
     """Standard output of a command of SLURM.  Raises SlurmError with what SLURM said."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=clean())
     except FileNotFoundError:
         raise SlurmError(
             f"there is no {command[0]} on this machine: submit from a login node of the cluster, or with LAUNCHER=local"
@@ -170,11 +171,19 @@ def partition(name: str) -> Partition:
 
 
 def gres_counts(gres: str) -> dict[str, int]:
-    """`gpu:h100:8(S:0-1),gpu:a100:2` -> {"h100": 8, "a100": 2, "": 10}: GPUs by type, and in all under ""."""
+    """`gpu:h100:8(S:0-1),gpu:1g.10gb:7` -> {"h100": 8, "1g.10gb": 7, "": 15}: GPUs by type, and in all under "".
+
+    The parts are NAME[:TYPE][:COUNT]; a type may begin with a digit, so the count is what stands last and is a number.
+    """
     found: dict[str, int] = {}
-    for kind, count in re.findall(r"\bgpu(?::([A-Za-z][^:,()]*))?:(\d+)", gres):
-        for name in {kind, ""}:
-            found[name] = found.get(name, 0) + int(count)
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = [word for word in part.strip().split(":") if word != "no_consume"]
+        if name != "gpu":
+            continue
+        number = int(rest.pop()) if rest and rest[-1].isdecimal() else 1
+        kind = ":".join(rest)
+        for each in {kind, ""}:
+            found[each] = found.get(each, 0) + number
     return found
 
 

@@ -17,6 +17,7 @@ from jobs.cluster import Cluster
 from jobs.errors import PREEMPTED, line
 from jobs.placement import Placement
 from jobs.settings import Settings
+from jobs.slurm import environment
 from jobs.spec import REPOSITORY
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def _fill(
         **words, "about": about, "template": template,
         "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         "logs": shlex.quote(str(logs)), "place": place,
-        "retort": shlex.join(retort), "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN]),
+        "retort": shlex.join(retort),
+        "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN, *environment.of_a_step()]),
     }  # fmt: skip
     given = {name: line(value, f"the batch script's {name}") for name, value in given.items()}
     setup = "\n".join(line(each, "setup") for each in cluster.setup) or ": # nothing to set up"

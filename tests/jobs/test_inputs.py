@@ -10,9 +10,10 @@ import pytest
 from core.prepare import digits
 from core.recipe import Data, Evaluate, Launch, Recipe, Student, Teacher
 from core.storage import open_store
-from jobs import hub, inputs
+from jobs import doctor, hub, inputs
 from jobs.errors import NotReady, UserError
 from jobs.record import Run, State
+from tests.quirky import Quirky
 
 ID = "timm/vit_tiny_patch16_224"
 
@@ -49,6 +50,27 @@ def test_a_store_without_conditional_puts_is_refused(root: str, monkeypatch: pyt
     lack = inputs.check_store(root)
     assert lack is not None
     assert "conditional" in lack.what
+
+
+def test_the_check_of_a_bucket_tries_what_servers_lack_and_leaves_nothing_behind(quirky: Quirky) -> None:
+    server = quirky()
+    assert inputs.check_store("s3://bucket/p") is None
+    assert server.objects == {}
+
+
+@pytest.mark.parametrize(
+    ("quirk", "words"),
+    [("no token", "cuts a listing off"), ("same token", "cuts a listing off"), ("no time", "lists objects without"),
+     ("no etag", "without ETag"), ("new etag", "ETag differs"), ("no conditions", "conditional puts"),
+     ("no conditions, 400", "conditional puts"), ("ignores conditions", "conditional puts"),
+     ("no range", "ignores Range"), ("other range", "ignores Range"), ("no total", "ignores Range")],
+)  # fmt: skip
+def test_doctor_tells_each_of_them(quirky: Quirky, quirk: str, words: str) -> None:
+    server = quirky(quirk)
+    found = doctor.store("s3://bucket/p")
+    assert words in found.text
+    assert "another" in found.fix
+    assert server.objects == {}
 
 
 def test_an_empty_folder_is_no_data(tmp_path: Path, root: str) -> None:

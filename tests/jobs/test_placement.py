@@ -29,6 +29,24 @@ def test_a_number_that_does_not_fit_is_refused_with_those_that_do() -> None:
     assert place(recipe(ranks=4), gpus=0).ranks == 4
 
 
+@pytest.mark.parametrize(
+    ("batch", "asked", "gpus", "proposed"), [(16, 4, 0, 2), (16, 4, 2, 2), (64, 16, 0, 2), (64, 16, 4, 4), (8, 4, 0, 1)]
+)
+def test_what_to_type_is_said_with_what_is_allowed(
+    batch: int, asked: int, gpus: int, proposed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    with pytest.raises(UserError, match=rf'allowed: 1.*: SET="launch\.ranks={proposed}" '):
+        place(recipe(batch, ranks=asked), gpus)
+
+
+def test_what_to_type_fits_the_nodes() -> None:
+    with pytest.raises(UserError, match=r'allowed: 1, 2, 3, 4, 12: SET="launch\.ranks=4" '):
+        spread(recipe(ranks=8, batch=96, micro_batch=8), 4, gpus=4, cpus=1)
+    with pytest.raises(UserError, match=r'SET="launch\.ranks=2" '):
+        gathered(recipe(ranks=3), [{"CPU": 2}], 1)
+
+
 @pytest.mark.parametrize(("gpus", "micro_batch", "ranks"), [(0, 8, 2), (0, 64, 1), (8, 8, 8), (6, 8, 4), (3, 64, 1)])
 def test_without_a_number_as_many_as_there_are_and_fit(gpus: int, micro_batch: int, ranks: int) -> None:
     assert place(recipe(64, micro_batch), gpus).ranks == ranks

@@ -157,7 +157,7 @@ def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(s
     site.slurm.run("scontrol", "hold", site.job(waiting))
     site.shell("cancel", waiting)
     site.leaves(site.job(waiting))
-    assert not site.slurm.run("squeue", "--noheader", "--name", f"retort-{waiting}"), "nor is its export left"
+    assert f"retort-{waiting}" not in site.slurm.run("squeue", "--noheader", "--format=%j"), "nor is its export left"
     reached = max(site.losses(name), default=0)
     assert "ended" in site.shell("cancel", name)
     site.leaves(job)
@@ -225,7 +225,8 @@ def test_of_submissions_at_once_one_works_and_a_job_that_vanished_is_found(site:
     name = run_id(outs[0])
     assert run_id(outs[1]) == name
     assert sorted("is already queued" in out for out in outs) == [False, True]
-    assert site.slurm.run("squeue", "--noheader", "--format=%i", f"--name=retort-{name}") == site.job(name)
+    waiting = [line for line in site.slurm.run("squeue", "--noheader", "--format=%i %j").splitlines() if name in line]
+    assert [line.split()[0] for line in waiting] == [site.job(name)]
     assert f"SLURM job {site.job(name)} PENDING" in site.submit("--detach"), "and the existing one is shown"
     site.slurm.run("scancel", site.job(name))
     site.leaves(site.job(name))

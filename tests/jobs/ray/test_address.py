@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import pytest
 from core.recipe import Loader, Recipe
 from jobs import cli, launchers
 from jobs.cluster import Cluster
-from jobs.errors import NotReady
+from jobs.errors import NotReady, UserError
+from jobs.launchers.ray import Ray
 from jobs.placement import Placement
 from jobs.ray import address as address_module
 from jobs.ray.address import OnCluster
@@ -43,6 +45,32 @@ def test_a_job_of_a_cluster_that_says_nothing_is_not_judged(silent: str, new_run
     look = OnCluster(silent, Cluster()).look(run, {"job": f"{tagged(run.id, run.root)}-1", "at": silent})
     assert look.alive is None
     assert "timed out" in look.text
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [("http://head:8265", "http://head:8265"), ("https://ray.example/", "https://ray.example"),
+     ("127.0.0.1:8265", "http://127.0.0.1:8265"), ("head:8266/", "http://head:8266"), ("[::1]:8265", "http://[::1]:8265")],
+)  # fmt: skip
+def test_the_address_of_a_dashboard_may_lack_its_scheme(given: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", given)
+    way = Ray()._here()
+    assert isinstance(way, OnCluster)
+    assert way.address == url
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("ray://head:10001", "http://head:8265"), ("ray://[::1]:10001", "http://[::1]:8265"),
+     ("head:6379", "http://head:8265"), ("head", "http://head:8265"), ("auto", "http://HOST:8265"),
+     ("local", "http://HOST:8265"), ("ssh://head:8265", "http://head:8265"), ("head:no", "http://HOST:8265")],
+)  # fmt: skip
+def test_another_address_is_refused_at_once_with_the_right_spelling(
+    given: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", given)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS: .* set RAY_ADDRESS={re.escape(meant)} "):
+        Ray()._here()
 
 
 def test_folders_of_the_recipe_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

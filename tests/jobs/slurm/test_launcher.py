@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import load
+from core.config import load, to_yaml
 from core.recipe import Recipe
 from core.storage import StoreError, open_store
 from jobs import cli, doctor, inputs
@@ -177,7 +177,7 @@ def test_only_jobs_that_bear_the_run_s_name_are_cancelled(
         assert not slurm.cancel(run, info)
     assert not [line for line in asked() if line.startswith("scancel")]
     monkeypatch.setattr(queue, "find", lambda job: queue.Job("RUNNING", "None", "n1", "1:00"))
-    for name in (f"retort-{run.id}", "retort-demo-sweep"):
+    for name in (f"retort-{run.id}", "retort-demo-sweep", f"retort-{run.id}-0123abcd", "retort-demo-sweep-0123abcd"):
         says("squeue", f"{name}\n")
         assert slurm.cancel(run, {**info, "after": {"report": "--user=root", "eval": "13"}})
         assert [line for line in asked() if line.startswith("scancel")][-2:] == [
@@ -206,3 +206,41 @@ def test_last_words_are_read_in_the_known_folder_only(
     assert "secret" not in slurm.look(run, {"job": "12", "slurm": "", "logs": str(tmp_path / "private")}).text
     slurm._looks.forget()
     assert "secret" in slurm.look(run, {"job": "12", "slurm": "", "logs": str(known)}).text
+def test_a_job_that_ends_before_an_attempt_shows_its_last_lines(
+    says: Says, new_run: MakeRun, recipe: Recipe, tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "site.yaml").write_text(f"logs: {tmp_path}/logs\n")
+    monkeypatch.setenv("RETORT_CLUSTER", str(tmp_path / "site.yaml"))
+    run, why = new_run(), "srun: error: CPU binding outside of job step allocation, allocated CPUs are: 0x2."
+    run.move(State.QUEUED, 1, launcher="slurm", job="12_0", slurm="", logs=str(tmp_path / "logs" / run.id))
+    says("squeue", "")
+    says("sacct", "FAILED|1:0\n")
+    run.write_recipe(to_yaml(recipe))
+    (tmp_path / "logs" / run.id).mkdir(parents=True)
+    (tmp_path / "logs" / run.id / "said-12.log").write_text("")
+    (tmp_path / "logs" / "job-12_0.log").write_text("\x1b[31mearlier\n" * 9 + f"\n{why}\nsrun: error: n1: unable\n")
+    lost = run.view().lost
+    assert lost.startswith("SLURM job 12_0 is FAILED (exit code 1:0)\nearlier\n")
+    assert lost.endswith(f"\n{why}\nsrun: error: n1: unable")
+    assert cli.main(["status", run.id, "--store", root]) == 0
+    assert why in capsys.readouterr().out
+    assert cli.main(["logs", run.id, "--store", root]) == 0
+    told = capsys.readouterr().out
+    assert "/job.log <==" in told
+    assert why in told
+
+
+def test_the_job_s_own_log_is_for_want_of_another(slurm: Slurm, new_run: MakeRun) -> None:
+    run = new_run()
+    logs = slurm.folder()
+    info = {"job": "12", "logs": str(logs / run.id)}
+    (logs / run.id).mkdir(parents=True)
+    assert slurm.logs(run, info, 1) == {}
+    (logs / "job-12.log").write_text("here\n")
+    assert slurm.logs(run, info, 1) == {"job.log": b"here\n"}
+    assert slurm.logs(run, {**info, "job": "12/../job-12"}, 1) == {}
+    assert slurm.logs(run, {**info, "logs": str(logs / "other")}, 1) == {}
+    (logs / run.id / "attempt-0001").mkdir(parents=True)
+    (logs / run.id / "attempt-0001" / "rank-0000.log").write_text("rank\n")
+    assert slurm.logs(run, info, 1) == {"rank-0000.log": b"rank\n"}

@@ -100,7 +100,14 @@ def test_times_are_read_as_slurm_writes_them(text: str, minutes: float) -> None:
 @pytest.mark.parametrize(
     ("gres", "counts"),
     [("gpu:8", {"": 8}), ("gpu:h100:8(S:0-1)", {"h100": 8, "": 8}), ("(null)", {}), ("craynetwork:4,gpu:2", {"": 2}),
-     ("gpu:a100_3g.20gb:6(S:0)", {"a100_3g.20gb": 6, "": 6}), ("mps:100", {})],
+     ("gpu:a100_3g.20gb:6(S:0)", {"a100_3g.20gb": 6, "": 6}), ("mps:100", {}),
+     ("gpu:4", {"": 4}), ("gpu:h100:4(S:0-1)", {"h100": 4, "": 4}), ("gpu:2080ti:4", {"2080ti": 4, "": 4}),
+     ("gpu:2080ti:4(S:0,1)", {"2080ti": 4, "": 4}), ("gpu:1g.10gb:7", {"1g.10gb": 7, "": 7}),
+     ("gpu:4090:2,gpu:3090:1", {"4090": 2, "3090": 1, "": 3}), ("gpu:a100:0", {"a100": 0, "": 0}),
+     ("gpu:1g.10gb:7(S:0),gpu:3g.40gb:2(S:1),gpu:a100:1,mps:a100:400", {"1g.10gb": 7, "3g.40gb": 2, "a100": 1, "": 10}),
+     ("gpu:a100_1g.5gb:7", {"a100_1g.5gb": 7, "": 7}), ("gpu:rtx-6000:2(IDX:0-1)", {"rtx-6000": 2, "": 2}),
+     ("gpu:no_consume:4", {"": 4}), ("gpu:tesla:no_consume:4", {"tesla": 4, "": 4}), ("gpu", {"": 1}),
+     ("gpu:tesla", {"tesla": 1, "": 1}), ("shard:gpu:8", {}), ("", {})],
 )  # fmt: skip
 def test_gpus_are_counted_by_type(gres: str, counts: dict[str, int]) -> None:
     assert queue.gres_counts(gres) == counts

@@ -88,6 +88,20 @@ def test_options_of_the_submitting_make_do_not_reach_the_job() -> None:
     )
 
 
+def test_a_step_around_sbatch_leaves_nothing_to_the_job_s_own_steps(tmp_path: Path) -> None:
+    of_the_step = {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_CPU_BIND_LIST": "0x1", "SLURM_MEM_BIND_TYPE": "none",
+                   "SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SRUN_DEBUG": "3"}  # fmt: skip
+    of_the_job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+    made = [training(Cluster()), workers(Cluster()).text,
+            script.after("eval", Cluster(), FOUR, ["demo-1"], "s3://b/p", Path("/logs"), "12").text]  # fmt: skip
+    for text in made:
+        line = next(line for line in text.splitlines() if line.startswith("unset "))
+        done = subprocess.run(["/bin/bash", "-euc", f"{line}\nenv"], capture_output=True, text=True, check=True,
+                              env={**of_the_step, **of_the_job, "PATH": "/usr/bin:/bin"})  # fmt: skip
+        left = dict(line.split("=", 1) for line in done.stdout.splitlines())
+        assert {name: value for name, value in left.items() if name.startswith(("SLURM_", "SRUN_"))} == of_the_job
+
+
 def test_python_comes_from_the_nodes_or_from_an_image() -> None:
     assert "retort=(/opt/venv/bin/python)" in training(RICH)
     image = Cluster(container="apptainer", image="/x y.sif", mounts=["/a:/b"], gpus_per_node=2)
