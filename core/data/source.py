@@ -19,7 +19,10 @@ from core.storage import MissingObject, Store, open_store
 if TYPE_CHECKING:
     from core.cache import ShardCache
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm",
+)  # fmt: skip
 SHARD_FORMAT = "retort-shards"
 
 
