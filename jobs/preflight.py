@@ -26,8 +26,12 @@ def check_data(recipe: Recipe, root: str, beside: bool = True) -> None:
     """The training images are of a known kind and enough for a step of every stage, and, with `beside`, what a method
     reads beside them belongs to them; says what of stored features is lacking.  Raises ConfigError, DataError,
     FeatureError."""
+    from core.data.source import passed_over
     from core.inputs import open_inputs
 
     for name in recipe.stage_names():
-        for note in open_inputs(recipe, name, root, beside=beside).stored.notes:
+        found = open_inputs(recipe, name, root, beside=beside)
+        for line in passed_over(found.source):
+            print(f"passed over in data.source: {line}", flush=True)
+        for note in found.stored.notes:
             print(f"computed in training: {note}", flush=True)

@@ -13,9 +13,12 @@ def shards(settings: Settings) -> int:
     _check(settings, source_uri, target_uri)
     from core.data import reshard
     from core.data.originals import open_original
+    from core.data.source import passed_over
     from core.storage import open_store
 
     source = open_original(source_uri, settings.split)
+    for line in passed_over(source):
+        say(f"passed over: {line}")
     licence = settings.licence or source.licence
     wanted = reshard.Settings(settings.short, settings.quality, settings.split, licence)
     index = reshard.Reshard(source, wanted, say, settings.workers).write(open_store(target_uri))
