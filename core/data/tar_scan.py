@@ -172,6 +172,7 @@ def _label(described: dict[str, object]) -> int | str | None:
     value = next((described[name] for name in ("label", "cls", "class") if name in described), None)
     if value is None or isinstance(value, str):
         return value
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_LABEL:
         raise _Unusable(f"label {str(value)[:20]} in .json is neither a number of a class nor a name")
     return value
