@@ -26,11 +26,11 @@ TOLERANCE = 1e-4  # largest difference of features between the exported and the 
 
 def main(settings: Settings) -> int:
     """Run, evaluate, export, report; shows the results when it is all done already.  Returns an exit code."""
-    from core.storage import open_store
+    from core.storage import file_uri, open_store
 
     began = time.monotonic()
     with _server() as root:
-        store, mirror = open_store(root), open_store(f"file://{(Path.cwd() / MIRROR)}")
+        store, mirror = open_store(root), open_store(file_uri(Path.cwd() / MIRROR))
         copied = _copy(mirror, store)
         _say(f"embedded S3 server: {root} at {os.environ['AWS_ENDPOINT_URL']} ({copied} objects from {MIRROR}/)")
         try:

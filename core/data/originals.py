@@ -9,7 +9,7 @@ from core.data.splits import check_single, in_files, words
 from core.data.tar_source import TarSource, find_tars
 from core.data.tsv_source import LIST
 from core.folder import FileStore
-from core.storage import Store, open_store
+from core.storage import Store, open_object, open_store
 
 _ORDERED = (".parquet", ".tar")
 _GLANCE = 1000  # entries: a page of a listing
@@ -20,11 +20,9 @@ def open_original(uri: str, split: str = "") -> Source:
 
     A split is a folder of this name, or the files with this word in their names.  Raises DataError.
     """
-    folder, _, name = uri.rpartition("/")
-    if name.endswith((*_ORDERED, LIST)):
-        if name == LIST:
-            return open_source(folder)
-        return _open_files(open_store(folder), name, split)
+    if uri.endswith((*_ORDERED, LIST)):
+        store, name = open_object(uri)
+        return open_source(store.uri) if name == LIST else _open_files(store, name, split)
     store = open_store(uri)
     if isinstance(store, FileStore) and not store.root.is_dir():
         return open_source(uri)  # which says what is wrong

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from core.data.fingerprint import fingerprint
 from core.data.source import DataError
 from core.folder import FileStore
-from core.storage import ABSENT, MissingObject, Store, local_errors, open_store
+from core.storage import ABSENT, MissingObject, Store, file_uri, local_errors, open_store
 
 Ints = NDArray[np.int64]
 READ_BYTES = 1 << 24
@@ -216,7 +216,7 @@ def _list_file(store: Store, key: str) -> list[str] | None:
 def _open(store: Store, path: str) -> Table:
     if not path.startswith("/"):
         return Table(store, path)
-    return Table(open_store(f"file://{posixpath.dirname(path)}"), posixpath.basename(path))
+    return Table(open_store(file_uri(posixpath.dirname(path))), posixpath.basename(path))
 
 
 def from_base64(text: str, what: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from core.storage import local_path, open_store
 from jobs.errors import OK, UserError
 from jobs.settings import Settings, check_uri
 from jobs.verbs.submit import say
@@ -14,7 +15,6 @@ def shards(settings: Settings) -> int:
     from core.data import reshard
     from core.data.originals import open_original
     from core.data.source import passed_over
-    from core.storage import open_store
 
     source = open_original(source_uri, settings.split)
     for line in passed_over(source):
@@ -23,7 +23,8 @@ def shards(settings: Settings) -> int:
     wanted = reshard.Settings(settings.short, settings.quality, settings.split, licence)
     index = reshard.Reshard(source, wanted, say, settings.workers).write(open_store(target_uri))
     print(reshard.summary(index))
-    print(f'next: make submit RECIPE=... SET="data.source={target_uri}"')
+    shown = target_uri.replace(" ", "%20")  # SET is split at blanks
+    print(f'next: make submit RECIPE=... SET="data.source={shown}"')
     return OK
 
 
@@ -35,5 +36,6 @@ def _check(settings: Settings, source_uri: str, target_uri: str) -> None:
         raise UserError(f"QUALITY: must be from 1 to 100, got {settings.quality}")
     if settings.workers < 0:
         raise UserError(f"WORKERS: must not be negative, got {settings.workers}")
-    if f"{target_uri}/".startswith(f"{source_uri}/"):
+    source, target = (f"{local_path(uri) or uri}/" for uri in (source_uri, target_uri))
+    if target.startswith(source):
         raise UserError(f"DST: {target_uri} lies in SRC; choose another place, so that shards are no part of the data")
