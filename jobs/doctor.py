@@ -20,6 +20,7 @@ from core.storage import StoreError
 from jobs import inputs, launchers
 from jobs.errors import NOT_READY, OK, redact
 from jobs.placement import Placement, gpu_count
+from jobs.preflight import check_evaluation
 from jobs.settings import Settings
 from jobs.slurm import queue
 from jobs.spec import REPOSITORY
@@ -115,6 +116,8 @@ def needs(recipe: Recipe, root: str) -> Iterator[Finding]:
     if not lacks:
         yield Finding("inputs", "all there, or made by submit")
     yield trial("data", "see data.source", lambda: decode(recipe, root))
+    if not any(lack.what.startswith("evaluate.") for lack in lacks):
+        yield trial("evaluation", "see evaluate.train and evaluate.test", lambda: check_evaluation(recipe, root))
     yield trial("student", "see student.name, student.args and student.weights", lambda: forward(recipe, root))
 
 

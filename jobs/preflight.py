@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.storage import resolve
+from jobs import inputs
+
 if TYPE_CHECKING:
     from core.recipe import Recipe
 
@@ -20,6 +23,25 @@ def check_networks(recipe: Recipe) -> None:
         check_precision(settings, recipe.zero.stage)
         info = describe_student(own.student, settings.img_size)
         create(own, settings, 1).check(info, describe_teachers(own, info))
+
+
+def check_evaluation(recipe: Recipe, root: str) -> str:
+    """Say of how many classes the evaluation's images are, or why that is not known yet.
+
+    Raises ConfigError, DataError: what `make eval` would refuse when the run is over.
+    """
+    wanted = recipe.evaluate.train, recipe.evaluate.test
+    if not any(wanted):
+        return "none is asked for"
+    made = [uri for uri in wanted if uri in inputs.provided(recipe)]
+    if any(inputs.is_empty(resolve(uri, root)) for uri in made):
+        return "its images are made by submit"
+    from core.evaluate.labelled import check_labels, labelled_sources
+
+    sources = labelled_sources(recipe, root, "the recipe")
+    check_labels(recipe, sources)
+    train, test = map(len, sources)
+    return f"{train} training and {test} test images of {len(sources[0].classes)} classes"
 
 
 def check_data(recipe: Recipe, root: str, beside: bool = True) -> None:

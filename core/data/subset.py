@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.classes import numbered_as, same
 from core.data.draws import permutation
 from core.data.fingerprint import fingerprint
 from core.data.mixture import MixtureOrder
@@ -62,8 +63,9 @@ class Merged(Source):
         self._ends = np.cumsum([len(source) for source in sources])
         self.ahead = max(source.ahead for source in sources)
         self.skipped = [entry for source in sources for entry in source.skipped]
-        same = all(source.classes == sources[0].classes for source in sources)
-        self.classes = sources[0].classes if same else []
+        self.classes = sources[0].classes if all(same(source, sources[0].classes) for source in sources) else []
+        if self.classes:
+            self.sources = [numbered_as(source, self.classes, ("data.merge", "data.source")) for source in sources]
 
     def _place(self, i: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._ends, i, side="right"))
