@@ -23,7 +23,7 @@ def eight_bits(image: Image.Image) -> NDArray[np.uint8]:
         return _from_floats(np.asarray(image))
     if image.mode.startswith("I"):
         return _from_whole(image)
-    halved = ";16" in str(image.tile)  # Pillow keeps the upper byte of each channel
+    halved = ";16" in str(getattr(image, "tile", ""))  # Pillow keeps the upper byte of each channel
     pixels = np.asarray(image.convert("RGB"))
     if halved and pixels.max() < 256 // LEAST:
         raise CorruptImage(f"16 bits a channel of which the upper {LEAST.bit_length() - 1} are not used: {_HOW}")
