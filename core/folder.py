@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.atomic import OWN_TEMP, TEMP, publish
-from core.storage import ABSENT, PIECE, Entry, Store, check_key, check_prefix, check_range, crc32c, local_errors
+from core.storage import (
+    ABSENT,
+    PIECE,
+    Entry,
+    Store,
+    check_key,
+    check_prefix,
+    check_range,
+    crc32c,
+    file_uri,
+    local_errors,
+)
 
 
 class FileStore(Store):
@@ -23,7 +34,7 @@ class FileStore(Store):
 
     def __init__(self, root: Path, home: Path | None = None) -> None:
         self.root, self.home = root, home
-        self.uri = "file://" + str(root).replace("%", "%25").rstrip("/")
+        self.uri = file_uri(root)
 
     def put(self, key: str, data: bytes) -> None:
         with local_errors(self._where(key)):

@@ -12,6 +12,7 @@ from pathlib import Path
 from core import machine
 from core.cache import ShardCache
 from core.config import ConfigError
+from core.data.classes import numbered_as
 from core.data.features import Beside, FeatureSource
 from core.data.loader import Companion, steps_per_epoch
 from core.data.source import Source, open_source
@@ -62,7 +63,7 @@ def open_inputs(recipe: Recipe, name: str, root: str, cache: ShardCache | None =
     teachers = describe_teachers(own, info)
     method = create(own, settings, steps, steps_per_epoch(len(source), settings.batch, settings.micro_batch))
     method.check(info, teachers)
-    _check_labels(method, source, held)
+    held = _check_labels(method, source, held)
     kinds = type(method).reads_vectors(own.method.options)
     found = Inputs(name, own, settings, steps, source, held, info, teachers, method, recipe.teachers, kinds, [], [],
                    Available())  # fmt: skip
@@ -93,11 +94,18 @@ def schedule(settings: Train, samples: int) -> tuple[Train, int]:
     return dataclasses.replace(settings, warmup_steps=min(warmup, steps)), steps
 
 
-def _check_labels(method: Method, source: Source, held: Source | None) -> None:
-    """Raises ConfigError where a method lacks labels or has too few outputs for them."""
+def _check_labels(method: Method, source: Source, held: Source | None) -> Source | None:
+    """The held-out images, with the numbers that the classes have in training where a method learns them.
+
+    Raises ConfigError where it lacks labels or has too few outputs for them, DataError where the classes are others.
+    """
     method.check_labels(len(source.classes), "data.source")
-    if held is not None:
-        method.check_labels(len(held.classes), "data.heldout")
+    if held is None:
+        return None
+    method.check_labels(len(held.classes), "data.heldout")
+    if not method.needs_labels:
+        return held
+    return numbered_as(held, source.classes, ("data.heldout", "data.source"), part=True)
 
 
 def _companions(

@@ -132,16 +132,33 @@ def resolve(uri: str, root: str) -> str:
     if uri.startswith("store:"):
         return f"{root.rstrip('/')}/{uri.removeprefix('store:')}"
     if uri.startswith(("/", ".", "~")):
-        raise StoreError(f"{uri!r} has no scheme: write file://{os.path.abspath(os.path.expanduser(uri))}")
+        raise StoreError(f"{uri!r} has no scheme: write {file_uri(os.path.abspath(os.path.expanduser(uri)))}")
     return uri
+
+
+def local_path(uri: str) -> Path | None:
+    """Path that a file:/// URI names, %20 and other escapes decoded; None for any other.  No one else decodes them."""
+    rest = uri.removeprefix("file://")
+    return Path(os.path.normpath(unquote(rest))) if rest != uri and rest.startswith("/") else None
+
+
+def file_uri(path: str | Path) -> str:
+    """The URI that `local_path` reads as this path."""
+    return "file://" + str(path).replace("%", "%25").rstrip("/")
+
+
+def open_object(uri: str) -> tuple[Store, str]:
+    """The store and the key of one object, as key "" where the URI ends with a slash.  Raises StoreError."""
+    folder, _, name = uri.rpartition("/")
+    return open_store(f"{folder}/"), unquote(name) if uri.startswith("file://") else name
 
 
 def open_store(uri: str) -> Store:
     scheme, mark, rest = uri.partition("://")
-    if mark and scheme == "file" and rest.startswith("/"):
+    if (path := local_path(uri)) is not None:
         from core.folder import FileStore
 
-        return FileStore(Path(os.path.normpath(unquote(rest))))
+        return FileStore(path)
     if mark and scheme == "s3" and re.fullmatch(r"[\w.-]{3,255}(/.*)?", rest, re.ASCII):
         from core.bucket import S3Store  # half a second of imports that folders do not need
 

@@ -24,12 +24,13 @@ def main(settings: Settings) -> int:
 
     from core.bench import bench
     from core.engine import init_distributed, pick_device, shutdown
+    from core.storage import file_uri
     from jobs import inputs
 
     recipe = dataclasses.replace(settings, recipe=settings.recipe or "demo").load_recipe()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     with tempfile.TemporaryDirectory(prefix="retort-bench-") as folder:
-        root = settings.root(recipe) if settings.store else f"file://{folder}"
+        root = settings.root(recipe) if settings.store else file_uri(folder)
         for teacher in recipe.teachers.values():
             teacher.weights = "random"  # the weights' values cost nothing
         recipe.data.heldout = recipe.evaluate.train = recipe.evaluate.test = ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from core.merge import ConfigError, merge, nearest, read, to_object
+from core.storage import local_path
 from jobs.errors import is_secret
 from jobs.ray.site import Kubernetes, Mistakes, mistakes, plain
 
@@ -67,9 +68,8 @@ class Cluster:
 
     def require_shared(self, root: str) -> None:
         """Raises ConfigError when nodes cannot see the store, as far as the cluster file says."""
-        path = root.removeprefix("file://")
-        hidden = self.shared and not any(Path(path).is_relative_to(folder) for folder in self.shared)
-        if root.startswith("file://") and hidden:
+        path = local_path(root)
+        if path and self.shared and not any(path.is_relative_to(folder) for folder in self.shared):
             raise ConfigError(
                 f"store: the nodes do not see {path}; the cluster file says that they share {', '.join(self.shared)}: "
                 "STORE=file:///shared/folder or STORE=s3://bucket/prefix"

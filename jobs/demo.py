@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core import small_json
+from core.storage import file_uri
 from jobs import steps
 from jobs.demo_server import serving
 from jobs.errors import BUG, OK, PREEMPTED
@@ -26,7 +27,7 @@ TOLERANCE = 1e-4  # largest difference of features between the exported and the 
 
 def place() -> str:
     """URI of the store in which the demo's runs are once it has ended."""
-    return f"file://{Path.cwd() / MIRROR}"
+    return file_uri(Path.cwd() / MIRROR)
 
 
 def main(settings: Settings) -> int:

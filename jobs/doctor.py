@@ -20,6 +20,7 @@ from core.storage import StoreError
 from jobs import inputs, launchers
 from jobs.errors import NOT_READY, OK, redact
 from jobs.placement import Placement, gpu_count
+from jobs.preflight import check_evaluation
 from jobs.settings import Settings
 from jobs.slurm import queue
 from jobs.spec import REPOSITORY
@@ -115,6 +116,8 @@ def needs(recipe: Recipe, root: str) -> Iterator[Finding]:
     if not lacks:
         yield Finding("inputs", "all there, or made by submit")
     yield trial("data", "see data.source", lambda: decode(recipe, root))
+    if not any(lack.what.startswith("evaluate.") for lack in lacks):
+        yield trial("evaluation", "see evaluate.train and evaluate.test", lambda: check_evaluation(recipe, root))
     yield trial("student", "see student.name, student.args and student.weights", lambda: forward(recipe, root))
 
 
@@ -180,7 +183,7 @@ def decode(recipe: Recipe, root: str) -> str:
     import numpy as np
 
     from core.data.decode import to_tensor
-    from core.data.source import DataError
+    from core.data.source import DataError, passed_over
     from core.data.subset import training_source
     from core.storage import resolve
 
@@ -188,15 +191,17 @@ def decode(recipe: Recipe, root: str) -> str:
     if recipe.data.source in inputs.provided(recipe) and inputs.is_empty(uri):
         return f"{recipe.data.source} is made by submit"
     source = training_source(recipe.data, recipe.seed, root)
-    bad = 0
+    reasons = list[str]()
     for i in np.linspace(0, len(source) - 1, TRIAL_SAMPLES).astype(int):
         try:
             to_tensor(source.read(int(i)).data)
-        except DataError:
-            bad += 1
-    if bad == TRIAL_SAMPLES:
-        raise DataError(f"{uri}: none of {bad} samples can be decoded")
-    return f"{len(source)} samples; {TRIAL_SAMPLES - bad} of {TRIAL_SAMPLES} tried can be decoded"
+        except DataError as error:
+            reasons.append(str(error))
+    good, why = TRIAL_SAMPLES - len(reasons), f"; the first that cannot: {reasons[0]}" if reasons else ""
+    if not good:
+        raise DataError(f"{uri}: none of {TRIAL_SAMPLES} samples can be decoded{why}")
+    notes = "".join(f"; passed over: {line}" for line in passed_over(source))
+    return f"{len(source)} samples; {good} of {TRIAL_SAMPLES} tried can be decoded{why}{notes}"
 
 
 def forward(recipe: Recipe, root: str) -> str:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.folder import FileStore
-from core.storage import Store, StoreError, UnfitStore, open_store, resolve
+from core.storage import Store, StoreError, UnfitStore, local_path, open_object, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
 from jobs.placement import allowed_ranks, typed
@@ -116,8 +115,8 @@ def _weights(wanted: tuple[str, str, str], root: str, made: set[str]) -> Missing
             reason = "" if probe(root).size(hub.staged_key(hub_id)) is not None else hub.unreachable(hub_id)
             how = hub.HOW.format(hub_id=hub.source(hub_id))
             return Missing(f"{field}: {reason}", f"{how}; or {elsewhere}") if reason else None
-        folder, _, key = resolve(weights, root).rpartition("/")
-        if probe(folder).size(key) is None:
+        store, key = open_object(resolve(weights, root))
+        if probe(store.uri).size(key) is None:
             return Missing(f"{field}: there is no file {weights}", f"put it there, or {elsewhere}")
     except StoreError as error:
         return Missing(f"{field}: {redact(str(error))}", elsewhere)
@@ -145,7 +144,7 @@ def _data(wanted: tuple[str, str], root: str, made: set[str]) -> Missing | None:
         return None
     try:
         place = resolve(uri, root)
-        if place.startswith("file://") and not Path(place.removeprefix("file://")).is_dir():
+        if (path := local_path(place)) and not path.is_dir():
             return Missing(f"{field}: there is no folder {place}", how)
         if is_empty(place):
             return Missing(f"{field}: nothing lies under {place}", how)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.storage import file_uri
 from core.text import control
 from jobs.errors import UserError, line
 
@@ -98,7 +99,7 @@ class Settings:
         if not chosen and (self.cluster or os.environ.get("RETORT_CLUSTER")):
             chosen = self.site().store
         chosen = chosen or os.environ.get("RETORT_STORE", "")
-        return check_uri(chosen or f"file://{Path.cwd() / '.retort' / 'store'}", "store")
+        return check_uri(chosen or file_uri(Path.cwd() / ".retort" / "store"), "store")
 
 
 def check_uri(uri: str, what: str) -> str:

@@ -20,6 +20,7 @@ from core.data.source import SUFFIXES, CorruptImage, DataError, Raw, Source
 
 SUFFIX = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm",
+    "AVIF": "avif",
 }  # fmt: skip
 LONGEST = 65500  # side of a JPEG that libjpeg writes
 _READERS = 4  # threads of a worker: one waits for the store while others decode
@@ -27,12 +28,16 @@ _READERS = 4  # threads of a worker: one waits for the store while others decode
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a sample.  digest: of the content it came with.  problem: why there is no sample, or no text."""
+    """What became of a sample.
+
+    digest: of the content it came with.  problem: why there is no sample, or no text.  black: every pixel is.
+    """
 
     key: str
     digest: str
     sample: Sample | None = None
     problem: str = ""
+    black: bool = False
 
     @property
     def stored(self) -> int:
@@ -56,24 +61,25 @@ class Converter:
         raw = self.source.read(i)
         digest = _digest(raw.data)
         try:
-            data, suffix = converted(raw, self.short, self.quality)
+            data, suffix, black = converted(raw, self.short, self.quality)
         except CorruptImage as reason:
             return Outcome(raw.key, digest, problem=str(reason))
         try:
             text, problem = self.source.text(i), ""
         except DataError as error:
             text, problem = "", str(error)
-        return Outcome(raw.key, digest, Sample(_key(raw.key, i), data, suffix, raw.label, text), problem)
+        return Outcome(raw.key, digest, Sample(_key(raw.key, i), data, suffix, raw.label, text), problem, black)
 
 
-def converted(raw: Raw, short: int, quality: int) -> tuple[bytes, str]:
-    """A sample's file and its suffix: as it is, or as JPEG at the wanted size.  Raises CorruptImage."""
+def converted(raw: Raw, short: int, quality: int) -> tuple[bytes, str, bool]:
+    """A sample's file as it is or as JPEG at the wanted size, its suffix, whether it is black.  Raises CorruptImage."""
     pixels = to_tensor(raw.data)  # (3, H, W)
+    black = not pixels.any()
     height, width = pixels.shape[1:]
     scale = short / min(height, width) if short else 1.0
     if isinstance(raw.data, bytes) and scale >= 1:
         with Image.open(io.BytesIO(raw.data), formats=FORMATS) as file_image:
-            return raw.data, SUFFIX[str(file_image.format)]
+            return raw.data, SUFFIX[str(file_image.format)], black
     if scale < 1:  # within 2 of 255 of Pillow's resize, in a quarter of its time
         size = (round(height * scale), round(width * scale))
         if max(size) > LONGEST:
@@ -81,7 +87,7 @@ def converted(raw: Raw, short: int, quality: int) -> tuple[bytes, str]:
         pixels = interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=quality)
-    return file.getvalue(), "jpg"
+    return file.getvalue(), "jpg", black
 
 
 def _key(name: str, i: int) -> str:

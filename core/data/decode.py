@@ -13,22 +13,23 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from core.data.levels import eight_bits
 from core.data.source import CorruptImage as CorruptImage
 
 MAX_PIXELS = 1 << 27  # 134 million: 400 MB decoded; beyond it, one file could take down a node
 MAX_RATIO = 500  # a strip, whose short side is brought to some hundred pixels, would take gigabytes
 SHRINKS = (1, 2, 4, 8)  # that a JPEG decoder can do on the way
 # Only plain pixel formats: Pillow's list also holds ones that run other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def decode(data: bytes, least: int = 0) -> torch.Tensor:
     """One image file as uint8 (3, H, W) RGB.
 
     least: pixels that are enough; above 0, a larger image may come at 1/2, 1/4 or 1/8 of its sides, with no fewer.
-    Grey, palette, CMYK and 16-bit images are converted, alpha is dropped without compositing and EXIF orientation is
-    not applied, as is usual for ImageNet.  Raises CorruptImage: empty, truncated, not an image, above MAX_PIXELS or
-    MAX_RATIO.
+    Grey, palette, CMYK, 16-bit and float images are converted, alpha is dropped without compositing and EXIF
+    orientation is not applied, as is usual for ImageNet.  Raises CorruptImage: empty, truncated, not an image, above
+    MAX_PIXELS or MAX_RATIO, of a range that is not known.
     """
     if not data:
         raise CorruptImage("empty file")
@@ -42,7 +43,7 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
             shrink = shrinking(image.width * image.height, least)
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 return _decode_jpeg(data) if shrink == 1 else _draft(image, shrink)
-            return shrunk(_decode_any(image), shrink)
+            return shrunk(_from_pixels(eight_bits(image)), shrink)
     except CorruptImage:
         raise
     except UnidentifiedImageError:  # whose text holds an address in memory
@@ -114,12 +115,6 @@ def _decode_jpeg(data: bytes) -> torch.Tensor:
     """The same pixels as Pillow's (both call libjpeg-turbo) at about 1.4 times the speed."""
     image: torch.Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     return image
-
-
-def _decode_any(image: Image.Image) -> torch.Tensor:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip at 255
-        return _from_pixels((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return _from_pixels(np.asarray(image.convert("RGB")))
 
 
 def _from_pixels(pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from itertools import islice
 
 from core.data.source import DataError, Source, is_image, open_source
+from core.data.splits import check_single, in_files, words
 from core.data.tar_source import TarSource, find_tars
 from core.data.tsv_source import LIST
 from core.folder import FileStore
-from core.storage import Store, open_store
+from core.storage import Store, open_object, open_store
 
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 _ORDERED = (".parquet", ".tar")
 _GLANCE = 1000  # entries: a page of a listing
 
@@ -22,11 +20,9 @@ def open_original(uri: str, split: str = "") -> Source:
 
     A split is a folder of this name, or the files with this word in their names.  Raises DataError.
     """
-    folder, _, name = uri.rpartition("/")
-    if name.endswith((*_ORDERED, LIST)):
-        if name == LIST:
-            return open_source(folder)
-        return _open_files(open_store(folder), name, split)
+    if uri.endswith((*_ORDERED, LIST)):
+        store, name = open_object(uri)
+        return open_source(store.uri) if name == LIST else _open_files(store, name, split)
     store = open_store(uri)
     if isinstance(store, FileStore) and not store.root.is_dir():
         return open_source(uri)  # which says what is wrong
@@ -42,24 +38,7 @@ def open_original(uri: str, split: str = "") -> Source:
             return _open_files(store, found[0], split)
     if split:
         raise DataError(f"{uri}: no split {split!r}: neither a folder nor files of this name; correct SPLIT")
-    if not indexed and len(folders := _split_folders(store)) > 1:
-        raise _several(store, folders)
     return open_source(uri)
-
-
-def _split_folders(store: Store) -> set[str]:
-    """The folders on top if all of them are named like splits: found by leaps, as a listing may be very long."""
-    found, last = set[str](), ""
-    while True:
-        behind = islice(store.list(after=last), _GLANCE)  # so many files on top are no folder of splits
-        folder = next((entry.key.partition("/")[0] for entry in behind if "/" in entry.key), "")
-        if not folder:
-            return found
-        if not folder.startswith("."):  # what programs keep for themselves
-            found.add(folder)
-        if not found <= SPLITS:
-            return set()
-        last = f"{folder}0"  # "0" is what follows "/"
 
 
 def _open_either(store: Store, split: str) -> Source:
@@ -79,25 +58,16 @@ def _open_files(store: Store, suffix: str, split: str) -> Source:
     files = [entry for entry in every if (entry.key == suffix if one else entry.key.endswith(suffix))]
     if not files:
         raise DataError(f"{store.uri}/{suffix}: no such file")
-    found = {word for entry in files for word in _words(entry.key)} & (SPLITS | {split})
+    found = in_files((entry.key for entry in files), split)
     if split and split not in found:
         raise DataError(
             f"{store.uri}: no *{suffix} file is of split {split!r}; there is {', '.join(sorted(found)) or 'none'}"
         )
-    if not split and len(found) > 1:
-        raise _several(store, found)
-    chosen = [entry for entry in files if not split or split in _words(entry.key)]
+    if not split:
+        check_single(store.uri, found)
+    chosen = [entry for entry in files if not split or split in words(entry.key)]
     if suffix.endswith(".tar"):
         return TarSource(store, chosen)
     from core.data.parquet_source import ParquetSource  # a heavy import that the others do not need
 
     return ParquetSource(store, chosen)
-
-
-def _words(key: str) -> Sequence[str]:
-    return re.split(r"[/._-]", key)
-
-
-def _several(store: Store, splits: set[str]) -> DataError:
-    names = sorted(splits)
-    return DataError(f"{store.uri}: holds the splits {', '.join(names)}; choose one: SPLIT={names[0]}")

@@ -25,13 +25,40 @@ class NoImages(DataError):  # noqa: N818 - says what it is
 
 @dataclass(frozen=True)
 class Columns:
-    """Names; label and text are empty where there is none.  classes: empty where labels have no names."""
+    """Names; label and text are empty where there is none.  classes: empty where labels have no names.
+
+    unread: (name, reason) of columns that are called labels and hold none.
+    """
 
     image: str
     label: str
     text: str
     classes: list[str]
     licence: str
+    unread: list[tuple[str, str]]
+
+
+def unified(schemas: Sequence[pa.Schema], where: Sequence[str]) -> pa.Schema:
+    """One schema for files whose columns have the same names, in any order, and types that go together.
+
+    A column of nulls alone goes with any.  Raises DataError, which names the file and the column.
+    """
+    first = found = schemas[0]
+    for schema, place in zip(schemas, where, strict=True):
+        odd = sorted(set(schema.names) ^ set(first.names))
+        if not odd:
+            try:
+                found = pa.unify_schemas([found, schema], promote_options="permissive")
+                continue
+            except pa.ArrowException:
+                odd = [f.name for f in schema if not f.type.equals(found.field(f.name).type)]
+        shown = ", ".join(f"{name} is {_kind(schema, name)} instead of {_kind(found, name)}" for name in odd[:5])
+        raise DataError(f"{place}: other columns than in {where[0]}: {shown}; give one data set")
+    return found
+
+
+def _kind(schema: pa.Schema, name: str) -> str:
+    return str(schema.field(name).type) if name in schema.names else "absent"
 
 
 def find_columns(schema: pa.Schema, where: str) -> Columns:
@@ -40,16 +67,22 @@ def find_columns(schema: pa.Schema, where: str) -> Columns:
     features = info.get("features") or {}
     image = _choose(schema, features, "Image", _IMAGES, _holds_images)
     if not image:
-        raise NoImages(f"{where}: none of the columns {', '.join(schema.names)} holds image files; give the files of "
-                        "a data set of images")  # fmt: skip
+        raise NoImages(
+            f"{where}: none of the columns {', '.join(schema.names)} holds image files under a known name: they are of "
+            f"type {', '.join(str(field.type) for field in schema)}; wanted are bytes, alone or in a struct, called "
+            f"{', '.join(_IMAGES)}; rename the column, or give the files of a data set of images"
+        )
     label = _choose(schema, features, "ClassLabel", _LABELS, _holds_labels)
     text = _choose(schema, features, "", _TEXTS, _holds_texts)
     classes = [str(name) for name in features.get(label, {}).get("names") or ()]
-    return Columns(image, label, text, classes, str(info.get("license") or ""))
+    odd = [] if label else [field for field in schema if field.name in _LABELS]
+    unread = [(field.name, f"a column of type {field.type} holds no labels") for field in odd]
+    return Columns(image, label, text, classes, str(info.get("license") or ""), unread)
 
 
 def numbered(values: Sequence[Any], classes: list[str], where: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Names of the classes and (N,) numbers of labels that are numbers, names or None.  Raises DataError."""
+    """Names of the classes and (N,) numbers of labels that are whole numbers, names or None.  Raises DataError."""
+    values = [_whole(value, where) if isinstance(value, float) else value for value in values]
     words = sorted({value for value in values if isinstance(value, str)})
     classes = classes or words
     number = {name: i for i, name in enumerate(classes)}
@@ -59,6 +92,15 @@ def numbered(values: Sequence[Any], classes: list[str], where: str) -> tuple[lis
         raise DataError(f"{where}: labels from {labels.min()} to {highest} do not fit {len(classes)} classes; correct "
                         "the files")  # fmt: skip
     return classes or [str(i) for i in range(highest + 1)], labels
+
+
+def _whole(value: float, where: str) -> int | None:
+    """A label of a column that became one of floats because some are missing."""
+    if value != value:  # NaN stands for a missing one
+        return None
+    if not value.is_integer():
+        raise DataError(f"{where}: label {value} is no number of a class; correct the column, or give it another name")
+    return int(value)
 
 
 def _notes(schema: pa.Schema) -> dict[str, Any]:
@@ -91,7 +133,8 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -100,7 +143,8 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _holds_labels(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_integer(kind)) or _is_string(kind)
+    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(numbers) or _is_string(kind)
 
 
 def _holds_texts(kind: pa.DataType) -> bool:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.data.fingerprint import fingerprint
-from core.data.parquet_columns import find_columns, numbered
+from core.data.parquet_columns import find_columns, numbered, unified
 from core.data.ranged_file import RangedFile
 from core.data.source import DataError, Raw, Source
 from core.storage import Entry, Store
@@ -39,17 +39,22 @@ class ParquetSource(Source):
         self._store, self._entries = store, list(files)
         self._forget()
         opened = [self._file(number) for number in range(len(files))]
-        schema = opened[0].schema_arrow
-        for number, file in enumerate(opened):
-            if not file.schema_arrow.equals(schema):
-                raise DataError(f"{self._where(number)}: other columns than in {self._where(0)}; give one data set")
-        self._columns = find_columns(schema, self._where(0))
+        names = [self._where(number) for number in range(len(files))]
+        self._columns = find_columns(unified([file.schema_arrow for file in opened], names), names[0])
+        self.skipped = self._columns.unread
         self._groups = [(n, g) for n, file in enumerate(opened) for g in range(file.metadata.num_row_groups)]
         self._groups = [(n, g) for n, g in self._groups if opened[n].metadata.row_group(g).num_rows]
         self.shard_sizes = np.array([opened[n].metadata.row_group(g).num_rows for n, g in self._groups], np.int64)
         if not self._groups:
             raise DataError(f"{self._where(0)}: no rows")
         self._ends = np.cumsum(self.shard_sizes)
+        if all(_without_bytes(opened[n].metadata.row_group(g), self._columns.image) for n, g in self._groups):
+            cell = self._cell(0, self._columns.image)
+            path = cell.get("path") if isinstance(cell, dict) else None
+            raise DataError(
+                f"{names[0]}: {self._columns.image} holds no bytes of files, at most their paths, such as {path!r}; "
+                "give the folder of these files, or save the data set with the files embedded"
+            )
         self._footers = [file.metadata.serialized_size for file in opened]
         self.licence = self._columns.licence
         self.classes, self._labels = self._all_labels()
@@ -149,6 +154,13 @@ class ParquetSource(Source):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _without_bytes(group: pq.RowGroupMetaData, name: str) -> bool:
+    """Whether the bytes of all images of a row group are null, as far as its statistics tell."""
+    chunks = (group.column(i) for i in range(group.num_columns))
+    found = [chunk.statistics for chunk in chunks if chunk.path_in_schema in (name, f"{name}.bytes")]
+    return any(s is not None and s.has_null_count and s.null_count == group.num_rows for s in found)
 
 
 def _extent(group: pq.RowGroupMetaData, names: Sequence[str]) -> tuple[int, int]:

@@ -100,6 +100,7 @@ class Reshard:
             for outcome in batch
             if outcome.problem
         ]
+        problems += [{"kind": "black", "key": o.key, "reason": "every pixel is black"} for o in batch if o.black]
         rows = [(outcome.key, outcome.digest, outcome.sample.label) for outcome in kept if outcome.sample]
         ledger.add(Part(entry, place, rows, problems))
 
@@ -224,6 +225,7 @@ def summary(index: dict[str, Any]) -> str:
 
 
 _MEANING = {
+    "black": "wholly black images, which are kept",
     "corrupt": "unreadable images left out",
     "duplicate": "images with the content of another one, which are kept",
     "no text": "images without their text, which cannot be read",

@@ -79,21 +79,23 @@ class Samples:
 
     def _readable(self, wanted: int, bad: list[str]) -> tuple[int, torch.Tensor, int | None]:
         """The wanted sample or the next one that can be decoded; keys of those that cannot are added to `bad`."""
-        count = len(self.source)
+        count, why = len(self.source), ""
         for ahead in range(min(count, MAX_BAD_IN_A_ROW)):
             i = (wanted + ahead) % count
             raw = self.source.read(i)
-            image = decoded(raw, self.least)
-            if image is not None:
-                return wanted // count * count + i, image, raw.label  # a copy stays the copy that it is
+            try:  # a copy stays the copy that it is
+                return wanted // count * count + i, to_tensor(raw.data, self.least), raw.label
+            except CorruptImage as reason:
+                why = why or str(reason)
             bad.append(raw.key)
         raise DataError(
-            f"none of {len(bad)} samples in a row, from {bad[0]} to {bad[-1]}, can be decoded; check the data source"
+            f"none of {len(bad)} samples in a row, from {bad[0]} to {bad[-1]}, can be decoded; the first: "
+            f"{why}; check the data source"
         )
 
 
-def decoded(raw: Raw, least: int = 0) -> torch.Tensor | None:
+def decoded(raw: Raw) -> torch.Tensor | None:
     try:
-        return to_tensor(raw.data, least)
+        return to_tensor(raw.data)
     except CorruptImage:
         return None

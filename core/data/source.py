@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,11 @@ from core.storage import MissingObject, Store, open_store
 if TYPE_CHECKING:
     from core.cache import ShardCache
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm",
+)  # fmt: skip
+_SHOWN_REASONS = 5
 SHARD_FORMAT = "retort-shards"
 
 
@@ -133,12 +139,15 @@ class FolderSource(Source):
         self._store = store
         seen = list(store.list())
         sizes = {entry.key: entry.size for entry in seen if is_image(entry.key)}
+        others = (entry.key for entry in seen if entry.key not in sizes)
+        self.skipped = [(key, _unseen(key)) for key in others if _shown(key)]
         keys = sorted(sizes)
         if not keys:
+            found = "".join(f"; {line}" for line in passed_over(self))
             raise DataError(
                 f"{store.uri}: none of the {len(seen)} files found here is an image ({', '.join(SUFFIXES)}) and there "
-                "is no index.json of shards; give a folder of images (class folders are optional) or write shards here "
-                "(the hub's parquet files become shards by make shards)"
+                f"is no index.json of shards{found}; give a folder of images (class folders are optional) or write "
+                "shards here (the hub's parquet files become shards by make shards)"
             )
         folders = [key.partition("/")[0] if "/" in key else "" for key in keys]
         self.classes = sorted(set(folders) - {""})
@@ -178,9 +187,10 @@ def open_source(uri: str, cache: ShardCache | None = None) -> Source:
     Indexed shards, the tables that an image.list names, a folder of images; where there is no image file, tars of
     webdataset's kind, else tables by their names.
     cache: node-local cache of shards that are not on this machine; without one they are read by ranged gets.
-    Raises DataError (nothing usable there) and core.storage.StoreError.
+    Raises DataError (nothing usable there, or several splits) and core.storage.StoreError.
     """
     from core.data.shard_source import ShardSource  # which build on this file
+    from core.data.splits import check_folders, check_single, in_files
     from core.data.tar_source import TarSource, find_tars
     from core.data.tsv_source import LIST, open_tsv_source
 
@@ -191,14 +201,19 @@ def open_source(uri: str, cache: ShardCache | None = None) -> Source:
     if index is not None:
         return ShardSource(store, index, cache)
     tables = open_tsv_source(store) if store.size(LIST) is not None else None
+    if tables:
+        return tables
     try:
-        return tables or FolderSource(store)
+        folder = FolderSource(store)
     except DataError:
         tars = find_tars(store)
+        check_single(uri, in_files(entry.key for entry in tars))
         found = TarSource(store, tars) if tars else open_tsv_source(store)
         if found is None:
             raise
         return found
+    check_folders(uri, folder.classes)
+    return folder
 
 
 def _shard_index(store: Store) -> dict[str, Any] | None:
@@ -215,4 +230,25 @@ def _shard_index(store: Store) -> dict[str, Any] | None:
 
 def is_image(key: str) -> bool:
     # Buckets may hold keys with empty parts, which no store hands out.
-    return key.lower().endswith(SUFFIXES) and not any(part[:1] in ("", ".") for part in key.split("/"))
+    return key.lower().endswith(SUFFIXES) and _shown(key)
+
+
+def _shown(key: str) -> bool:
+    return not any(part[:1] in ("", ".") for part in key.split("/"))
+
+
+def _unseen(key: str) -> str:
+    """Why a file of a folder is not looked at: the same words for all of a kind."""
+    suffix = PurePosixPath(key).suffix.lower()
+    return f"{suffix} is no suffix of an image" if suffix else "the name has no suffix"
+
+
+def passed_over(source: Source) -> list[str]:
+    """What lies there and is no sample: a line for each of the most frequent reasons, with number and first name."""
+    counts = Counter(reason for _, reason in source.skipped)
+    first = dict[str, str]()
+    for name, reason in source.skipped:
+        first.setdefault(reason, name)
+    lines = [f"{count} x {reason}, the first {first[reason]}" for reason, count in counts.most_common(_SHOWN_REASONS)]
+    rest = counts.total() - sum(count for _, count in counts.most_common(_SHOWN_REASONS))
+    return [*lines, *([f"{rest} more for other reasons"] if rest else [])]

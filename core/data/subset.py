@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.classes import numbered_as, same
 from core.data.draws import permutation
 from core.data.fingerprint import fingerprint
 from core.data.mixture import MixtureOrder
@@ -35,7 +36,7 @@ class Selected(Source):
     def __init__(self, source: Source, index: Ints) -> None:
         self.source, self._index, self.classes = source, index, source.classes
         per_shard = np.diff(np.searchsorted(index, np.append(0, np.cumsum(source.shard_sizes))))
-        self.shard_sizes, self.ahead = per_shard[per_shard > 0], source.ahead
+        self.shard_sizes, self.ahead, self.skipped = per_shard[per_shard > 0], source.ahead, source.skipped
 
     def read(self, i: int) -> Raw:
         return self.source.read(int(self._index[i]))
@@ -61,8 +62,10 @@ class Merged(Source):
         self.shard_sizes = np.concatenate([source.shard_sizes for source in sources])
         self._ends = np.cumsum([len(source) for source in sources])
         self.ahead = max(source.ahead for source in sources)
-        same = all(source.classes == sources[0].classes for source in sources)
-        self.classes = sources[0].classes if same else []
+        self.skipped = [entry for source in sources for entry in source.skipped]
+        self.classes = sources[0].classes if all(same(source, sources[0].classes) for source in sources) else []
+        if self.classes:
+            self.sources = [numbered_as(source, self.classes, ("data.merge", "data.source")) for source in sources]
 
     def _place(self, i: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._ends, i, side="right"))
@@ -107,7 +110,7 @@ class Repeated(Source):
     """Another source again and again, up to `count` samples; each is a sample of its own, with draws of its own."""
 
     def __init__(self, source: Source, count: int) -> None:
-        self.source, self.classes, self.ahead = source, source.classes, source.ahead
+        self.source, self.classes, self.ahead, self.skipped = source, source.classes, source.ahead, source.skipped
         whole, rest = divmod(count, len(source))
         tiled = np.tile(source.shard_sizes, whole)
         ends = np.minimum(np.cumsum(source.shard_sizes), rest)

@@ -1,8 +1,9 @@
 """What lies in a tar of webdataset's kind, from its headers: members of one name up to the first dot are a sample.
 
-The image is the first member with an image's suffix; the label is that of KEY.cls (digits), else `label`, `cls` or
-`class` of KEY.json; the text is KEY.txt, else KEY.json if it has captions.  Nothing is unpacked and no image is
-decoded; large ones are not read either.
+The image is the first member with an image's suffix, one with nothing before the suffix (KEY.jpg, not KEY.seg.png) if
+there is; the label is that of KEY.cls (digits), else `label`, `cls` or `class` of KEY.json; the text is KEY.txt, else
+KEY.json if it has captions.  Nothing is unpacked and no image is decoded; large ones are not read either.  Tars that
+were joined are read one behind the other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ BLOCK = 512
 _MOST_TEXT = 1 << 20  # bytes of a label or a text
 _MOST_LABEL = (1 << 31) - 1
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # webdataset's split into key and suffix
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _TEXTS = ("captions", "caption", "tags")
 
 
@@ -62,14 +64,35 @@ def scan_tar(store: Store, key: str, size: int) -> Scan:
     where = f"{store.uri}/{key}"
     scan = Scan()
     file = RangedFile(store, key, size)
+    start: int | None = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            members = _members(tar, file, size, scan)
-            for name, group in groupby(members, lambda member: member.key):
-                _take(name, list(group), scan)
+        while start is not None:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+                members = _members(tar, file, size, scan)
+                for name, group in groupby(members, lambda member: member.key):
+                    _take(name, list(group), scan)
+                start = _next_content(file, tar.offset, size)
     except tarfile.TarError as error:
-        raise DataError(f"{where}: {error}: no whole tar; bring it again, or remove it") from None
+        if kind := _compression(file.at(0, BLOCK)):
+            raise DataError(f"{where}: compressed by {kind} in spite of its name; uncompress it") from None
+        behind = f"; what lies behind the tar's end, at byte {start}, is no further tar" if start else ""
+        raise DataError(f"{where}: {error}{behind}: no whole tar; bring it again, or remove it") from None
     return scan
+
+
+def _next_content(file: RangedFile, place: int, size: int) -> int | None:
+    """Where the first block from `place` on lies that holds more than zeros, which fill a tar up; None without one."""
+    while place < size:
+        piece = file.at(place, BLOCK)
+        if piece.strip(b"\0"):
+            return place
+        place += BLOCK
+    return None
+
+
+def _compression(head: bytes) -> str:
+    return next((name for start, name in _MAGIC.items() if head.startswith(start)), "")
 
 
 def _members(tar: tarfile.TarFile, file: RangedFile, size: int, scan: Scan) -> Iterator[Member]:
@@ -108,6 +131,7 @@ def _refused(info: tarfile.TarInfo) -> str:
 def _take(key: str, group: list[Member], scan: Scan) -> None:
     """Adds the sample that the members of one key are, or the reason why they are none."""
     images = [member for member in group if f".{member.suffix.rpartition('.')[2]}" in SUFFIXES]
+    images.sort(key=lambda member: "." in member.suffix)  # 1.seg.png says something of 1.jpg
     beside = {member.suffix: member for member in reversed(group) if member.suffix in ("cls", "txt", "json")}
     try:
         if not images:
@@ -146,6 +170,7 @@ def _label(described: dict[str, object]) -> int | str | None:
     value = next((described[name] for name in ("label", "cls", "class") if name in described), None)
     if value is None or isinstance(value, str):
         return value
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_LABEL:
         raise _Unusable(f"label {str(value)[:20]} in .json is neither a number of a class nor a name")
     return value

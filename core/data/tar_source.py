@@ -13,6 +13,8 @@ from core.data.tar_scan import BLOCK
 from core.data.tar_table import tar_table
 from core.storage import Entry, Store, crc32c
 
+PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+
 
 def find_tars(store: Store) -> list[Entry]:
     """All tars there.  Raises DataError when they are indexed shards whose writing has not finished."""
@@ -26,6 +28,12 @@ def find_tars(store: Store) -> list[Entry]:
     return tars
 
 
+def _packed(store: Store) -> list[tuple[str, str]]:
+    """Tars that are compressed, in which no sample can be found by its place."""
+    why = "a compressed tar cannot be read by the sample: unpack it, or compress it no more"
+    return [(entry.key, why) for entry in store.list() if entry.key.lower().endswith(PACKED)]
+
+
 class TarSource(ShardSource):
     """Samples of the tars in a folder or below a prefix.
 
@@ -35,7 +43,7 @@ class TarSource(ShardSource):
 
     def __init__(self, store: Store, tars: Sequence[Entry]) -> None:
         self._table = table = tar_table(store, tars)
-        self.classes, self.skipped = table.classes, table.skipped
+        self.classes, self.skipped = table.classes, [*_packed(store), *table.skipped]
         kept = [(tar, samples) for tar, samples in zip(tars, table.samples, strict=True) if samples]
         shards = [Shard(tar.key.removesuffix(".tar"), samples, tar.size, 0, 0) for tar, samples in kept]
         self._hold(store, shards, cache=None)

@@ -67,7 +67,7 @@ def tar_table(store: Store, tars: Sequence[Entry], folder: Path | None = None) -
     """
     names = _class_names(store)
     listing = "\n".join(f"{tar.key!r} {tar.size} {tar.modified}" for tar in tars)
-    name = fingerprint("scan", store.uri, listing, *names)
+    name = fingerprint("scan 2", store.uri, listing, *names)
     kept = FileStore(folder or own_folder("scans"))
     with local_errors(f"scans of tars, {kept.root}"):
         private_folder(kept.root)

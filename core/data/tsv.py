@@ -13,7 +13,6 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from core.data.fingerprint import fingerprint
 from core.data.source import DataError
 from core.folder import FileStore
-from core.storage import ABSENT, MissingObject, Store, local_errors
+from core.storage import ABSENT, MissingObject, Store, file_uri, local_errors, open_store
 
 Ints = NDArray[np.int64]
 READ_BYTES = 1 << 24
@@ -219,7 +218,7 @@ def _open(store: Store, path: str) -> Table:
         return Table(store, path)
     if not isinstance(store, FileStore):
         raise DataError(f"{store.uri}: a list names {path}, a file of this machine; name tables of the bucket")
-    return Table(FileStore(Path(posixpath.dirname(path))), posixpath.basename(path))
+    return Table(open_store(file_uri(posixpath.dirname(path))), posixpath.basename(path))
 
 
 def from_base64(text: str, what: str) -> bytes:

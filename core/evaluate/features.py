@@ -39,4 +39,6 @@ def extract(extractors: dict[str, Extractor], source: Source, img_size: int, dev
         for name, extractor in extractors.items():
             found[name].append(extractor(x).float().cpu())
     target = torch.cat(labels)
+    if not len(target):
+        raise ConfigError(f"evaluate: none of {len(source)} images can be decoded")
     return {name: FeatureSet(torch.cat(parts), target) for name, parts in found.items()}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.evaluate.features import FeatureSet
+from core.evaluate.labelled import check_choice
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 WEIGHT_DECAYS = (1e-12, 1e-8, 1e-6, 1e-4)
@@ -188,6 +189,10 @@ def linear_probe(
 
 
 def probe(train: FeatureSet, test: FeatureSet, num_classes: int, seed: int) -> dict[str, float]:
-    """Test accuracies in percent of the linear probe, with the point of the search that was chosen."""
+    """Test accuracies in percent of the linear probe, with the point of the search that was chosen.
+
+    Raises ConfigError where no class has two training samples: there is nothing to choose by.
+    """
+    check_choice(["linear"], int(train.labels.bincount().max()))
     found = linear_probe(train.features, train.labels, test.features, test.labels, num_classes=num_classes, seed=seed)
     return dataclasses.asdict(found)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from core.config import ConfigError, nearest
-from core.data.source import Source, open_source
+from core.data.source import Source
 from core.engine import pick_device
 from core.evaluate.features import Extractor, FeatureSet, extract
+from core.evaluate.labelled import labelled_sources
 from core.export import load_student, read_recipe
 from core.inputs import shard_cache
 from core.methods.base import Features, Info
 from core.models.students import build_student, describe_student
 from core.models.teachers import FrozenTeacher, describe_teachers, load_teachers
 from core.recipe import Recipe
-from core.storage import Store, resolve
+from core.storage import Store
 
 FOLDER = "evaluations"
 FLOAT_BYTES, MOST_PIXEL_BYTES = 4, 2 << 30  # raw pixels of larger sets would not fit in memory
@@ -56,14 +57,9 @@ def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any
     recipe = read_recipe(run)
     names = names or recipe.evaluate.protocols
     check_protocols(names)
-    for field in ("train", "test"):
-        if not getattr(recipe.evaluate, field):
-            raise ConfigError(
-                f"evaluate.{field}: not set in {run.uri}/recipe.yaml; labelled images are needed, "
-                f'for example SET="evaluate.{field}=s3://bucket/imagenet/{field}"'
-            )
+    sources = labelled_sources(recipe, root, f"{run.uri}/recipe.yaml", shard_cache(recipe.loader))
     device = pick_device(recipe.launch.device)
-    features, classes = _features(recipe, run, root, device, say)
+    features, classes = _features(recipe, run, root, sources, device, say)
     results = {}
     for name in names:
         say(f"evaluating by {name}")
@@ -76,7 +72,7 @@ def evaluate(run: Store, root: str, names: list[str], say: Say) -> dict[str, Any
                          "settings": {"train": recipe.evaluate.train, "test": recipe.evaluate.test, "classes": classes,
                                       "train_images": len(next(iter(features.values()))[0].labels),
                                       "test_images": len(next(iter(features.values()))[1].labels)}}  # fmt: skip
-        run.put(f"{FOLDER}/{name}.json", json.dumps(results[name], indent=1).encode())
+        run.put(f"{FOLDER}/{name}.json", json.dumps(results[name], indent=1, allow_nan=False).encode())
     return results
 
 
@@ -88,7 +84,7 @@ def _margin(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _features(
-    recipe: Recipe, run: Store, root: str, device: torch.device, say: Say
+    recipe: Recipe, run: Store, root: str, sources: list[Source], device: torch.device, say: Say
 ) -> tuple[dict[str, tuple[FeatureSet, FeatureSet]], int]:
     """(train, test) features of every model, and the number of classes."""
     student, _, size = load_student(run)
@@ -99,25 +95,11 @@ def _features(
     for seed in range(recipe.evaluate.seeds):
         untrained, _ = build_student(replace(recipe.student, weights=""), size, 1000 + seed, root)
         models[f"untrained {seed + 1}"] = _student(untrained.to(device))
-    sources = _sources(recipe, root)
     if sum(len(source) for source in sources) * 3 * size**2 * FLOAT_BYTES <= MOST_PIXEL_BYTES:
         models["raw pixels"] = lambda x: x.flatten(1)
     say(f"features of {len(models)} models at {size} px: {', '.join(models)}")
     train, test = (extract(models, source, size, device, workers=recipe.loader.workers) for source in sources)
     return {name: (train[name], test[name]) for name in models}, len(sources[0].classes)
-
-
-def _sources(recipe: Recipe, root: str) -> list[Source]:
-    """Labelled training and test images.  Raises ConfigError unless both have the same classes."""
-    wanted = (recipe.evaluate.train, recipe.evaluate.test)
-    sources = [open_source(resolve(uri, root), shard_cache(recipe.loader)) for uri in wanted]
-    for uri, source in zip(wanted, sources, strict=True):
-        if not source.classes:
-            raise ConfigError(f"evaluate: {uri} has no labels; use class folders or shards written with labels")
-    if sources[0].classes != sources[1].classes:
-        odd = sorted(set(sources[0].classes) ^ set(sources[1].classes))
-        raise ConfigError(f"evaluate: {wanted[0]} and {wanted[1]} have different classes, for example {odd[:3]}")
-    return sources
 
 
 def _student(model: nn.Module) -> Extractor:

@@ -28,7 +28,7 @@ from core.inputs import open_inputs, shard_cache
 from core.methods.base import Batch, Outputs
 from core.models.text import tokenize
 from core.recipe import Recipe
-from core.storage import open_store, resolve
+from core.storage import open_object, open_store, resolve
 
 Ints = NDArray[np.int64]
 SPLITS: tuple[Split, ...] = ("train", "texts")
@@ -158,9 +158,9 @@ def _names(address: str, root: str) -> list[str]:
     """Lines of a file."""
     if not address:
         return []
-    folder, _, key = resolve(address, root).rpartition("/")
+    store, key = open_object(resolve(address, root))
     try:
-        lines = open_store(folder).get(key).decode().splitlines()
+        lines = store.get(key).decode().splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{address}: not UTF-8 text; give one class name a line") from None
     return [line.strip() for line in lines if line.strip()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.models.weights import WeightsError, read
-from core.storage import MissingObject, StoreError, open_store, resolve
+from core.storage import MissingObject, StoreError, open_object, open_store, resolve
 
 
 def weights_uri(weights: str, model: str, root: str) -> str:
@@ -63,12 +63,12 @@ def record_key(uri: str, root: str) -> str:
 
 
 def _fetch(uri: str, root: str) -> tuple[dict[str, Any], str]:
-    folder, _, name = uri.rpartition("/")
+    store, name = open_object(uri)
     if not name:
         raise WeightsError(f"weights {uri!r}: not the address of a file")
     with tempfile.TemporaryDirectory(prefix="retort-weights-") as temporary:
         path = Path(temporary) / name
-        open_store(f"{folder}/").get_file(name, path)
+        store.get_file(name, path)
         with path.open("rb") as file:
             sha = hashlib.file_digest(file, "sha256").hexdigest()
         _compare(uri, sha, root)

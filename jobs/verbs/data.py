@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from core.storage import open_store
 from jobs.errors import OK, UserError
 from jobs.settings import Settings, check_uri
 from jobs.verbs.submit import say
@@ -13,14 +14,17 @@ def shards(settings: Settings) -> int:
     _check(settings, source_uri, target_uri)
     from core.data import reshard
     from core.data.originals import open_original
-    from core.storage import open_store
+    from core.data.source import passed_over
 
     source = open_original(source_uri, settings.split)
+    for line in passed_over(source):
+        say(f"passed over: {line}")
     licence = settings.licence or source.licence
     wanted = reshard.Settings(settings.short, settings.quality, settings.split, licence)
     index = reshard.Reshard(source, wanted, say, settings.workers).write(open_store(target_uri))
     print(reshard.summary(index))
-    print(f'next: make submit RECIPE=... SET="data.source={target_uri}"')
+    shown = target_uri.replace(" ", "%20")  # SET is split at blanks
+    print(f'next: make submit RECIPE=... SET="data.source={shown}"')
     return OK
 
 

@@ -119,6 +119,8 @@ def ready(recipe: Recipe, root: str, gpus: int, beside: bool = True) -> None:
     if module:
         module.prepare(recipe, root, say)
     preflight.check_data(recipe, root, beside)
+    if beside:
+        preflight.check_evaluation(recipe, root)
 
 
 def attempt_info(settings: Settings, launcher: Launcher) -> dict[str, Any]:
@@ -175,7 +177,10 @@ def _dry(recipe: Recipe, root: str) -> int:
 
     place(recipe, gpu_count())
     print(as_yaml(recipe))
-    print(plan.render(plan.plan(recipe, root)))
+    facts = plan.plan(recipe, root)
+    print(plan.render(facts))
+    if not any(what.startswith("evaluate.") for what in facts["missing"]):
+        preflight.check_evaluation(recipe, root)
     print("nothing was submitted (DRY=1)")
     return OK
 

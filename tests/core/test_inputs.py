@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from core.config import ConfigError
-from core.data.source import DataError
+from core.data.source import DataError, open_source
+from core.folder import FileStore
 from core.inputs import open_inputs, schedule, stage_steps
 from core.recipe import Recipe, Train
 from tests import toy
@@ -34,6 +35,20 @@ def test_a_stage_that_learns_labels_loads_no_teachers(tmp_path: Path) -> None:
     assert sorted(first.teachers) == ["one", "two"]
     assert second.teachers == {}
     assert type(second.method).__name__ == "Finetune"
+
+
+def test_held_out_images_are_numbered_as_those_that_are_learnt(tmp_path: Path) -> None:
+    root = toy.store(tmp_path)
+    source = open_source(f"{root}/data")
+    for i in range(3):
+        FileStore(tmp_path / "held").put(f"{source.classes[2 - i % 2]}/{i}.png", bytes(source.read(i).data))
+    method = {"name": "finetune", "options": {"num_classes": 3}}
+    recipe = two_stages(method=method, data={"heldout": f"file://{tmp_path}/held"})
+    recipe.student.args["global_pool"] = "avg"
+    held = open_inputs(recipe, "second", root).held
+    assert held is not None
+    assert held.classes == source.classes
+    assert [held.label(i) for i in range(3)] == [1, 2, 2]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_built(tmp_path: Path) -> None:

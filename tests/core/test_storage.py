@@ -17,7 +17,18 @@ import pytest
 from core.bucket import S3Store
 from core.bucket_client import S3Options
 from core.folder import FileStore
-from core.storage import AccessDenied, MissingObject, Store, StoreError, crc32c, open_store, resolve
+from core.storage import (
+    AccessDenied,
+    MissingObject,
+    Store,
+    StoreError,
+    crc32c,
+    file_uri,
+    local_path,
+    open_object,
+    open_store,
+    resolve,
+)  # fmt: skip
 
 MIB = 1 << 20
 
@@ -276,6 +287,17 @@ def test_a_store_uri_opens_the_same_store_again(tmp_path: Path) -> None:
     assert open_store((tmp_path / "with space").as_uri()).get("x") == b"with space"
     assert open_store("s3://bucket/a/b/").uri == "s3://bucket/a/b"
     assert open_store("s3://bucket").uri == "s3://bucket"
+
+
+def test_the_uri_of_one_object_is_decoded_as_its_folder_is(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    FileStore(folder).put("a b%", b"x")
+    for uri in (f"{folder.as_uri()}/a%20b%25", f"file://{folder}/a b%25", file_uri(folder / "a b%")):
+        store, key = open_object(uri)
+        assert (store.uri, store.get(key)) == (f"file://{folder}", b"x")
+        assert local_path(uri) == folder / "a b%"
+    assert open_object("s3://bucket/a/b%20c")[1] == "b%20c", "keys of buckets are as they are"
+    assert [local_path(uri) for uri in ("s3://bucket/x", "/tmp/x", "file://tmp/x")] == [None] * 3
 
 
 def test_resolve_reads_store_as_the_configured_root() -> None:

@@ -78,6 +78,16 @@ def test_an_empty_folder_is_no_data(tmp_path: Path, root: str) -> None:
     assert "nothing lies under" in whats(recipe(tmp_path / "empty"), root)[0]
 
 
+def test_escapes_of_a_uri_are_decoded_as_by_every_other_verb(tmp_path: Path, photos: Path, root: str) -> None:
+    blank = tmp_path / "my photos"
+    photos.rename(blank)
+    (blank / "my weights").write_bytes(b"x")
+    for uri in (blank.as_uri(), f"file://{blank}"):
+        weights = Teacher(name="vit_tiny_patch16_224", weights=f"{uri}/my%20weights")
+        assert whats(recipe(photos, data=Data(source=uri), teachers={"t": weights}), root) == []
+    assert "there is no folder" in whats(recipe(photos, data=Data(source=f"{blank.as_uri()}%20x")), root)[0]
+
+
 def test_data_in_a_bucket_are_looked_for_there(photos: Path, bucket: str) -> None:
     chosen = recipe(photos, data=Data(source=f"{bucket}/images"))
     assert "nothing lies under" in whats(chosen, bucket)[0]

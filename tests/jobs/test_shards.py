@@ -61,6 +61,7 @@ def test_resizing_keeps_the_picture(tmp_path: Path, root: str) -> None:
         (["file:///x", "file:///y", "--quality", "101"], "QUALITY"),
         (["file:///x", "file:///y", "--workers", "-1"], "WORKERS"),
         (["file:///x", "file:///x/y"], "lies in SRC"),
+        (["file:///x%20y", "file:///x y/z"], "lies in SRC"),
         (["file:///not/there", "file:///y"], "no such folder"),
     ],
 )
@@ -101,7 +102,7 @@ def test_one_split_of_tars_of_another_tool_is_rewritten(tmp_path: Path, root: st
                                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for split in ("train", "val"):
-        images = [encode(Image.new("RGB", (40, 30), (60 * i, 0, 0)), "PNG") for i in range(3)]
+        images = [encode(Image.new("RGB", (40, 30), (60 * i + 9, 0, 0)), "PNG") for i in range(3)]
         members = [pair for i, image in enumerate(images) for pair in ((f"{i}.png", image), (f"{i}.cls", str(i)))]
         open_store(f"file://{tmp_path}/in").put(f"x-{split}-0.tar", tar(*members, special("l.png", SYMTYPE, "/x")))
     command = ["shards", f"file://{tmp_path}/in", root, "--workers", "1", "--short", "15"]

@@ -276,6 +276,22 @@ def test_resume_goes_on_with_another_number_of_ranks_and_names_those_that_are_po
     assert run.recipe().launch.ranks == 1
 
 
+@pytest.mark.parametrize("words", [("submit",), ("submit", "--dry"), ("doctor",)])
+def test_an_evaluation_that_could_not_be_is_refused_before_anything_is_queued(
+    command: Command, tiny_recipe: Path, photos: Path, root: str, words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("jobs.doctor.collective", lambda recipe: "not under test")
+    flat = photos.parent / "flat"
+    flat.mkdir()
+    (flat / "1.jpg").write_bytes(next(photos.rglob("*.jpg")).read_bytes())
+    given = [f"evaluate.train=file://{photos}", f"evaluate.test=file://{flat}"]
+    code, out, error = command(words[0], str(tiny_recipe), *words[1:], *(w for item in given for w in ("--set", item)))
+    assert code in (2, 3)
+    assert "flat has no labels: its 1 images lie in no class folder" in out + error
+    assert not list(open_store(root).list("runs/"))
+
+
 def test_a_dry_run_prints_recipe_and_plan_and_submits_nothing(command: Command, tiny_recipe: Path, root: str) -> None:
     code, out, error = command("submit", str(tiny_recipe), "--dry", "--set", "train.lr=0.125")
     assert code == 0, error

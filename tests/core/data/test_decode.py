@@ -65,6 +65,68 @@ def test_sixteen_bits_keep_the_upper_eight():
     assert decode(encode(deep, "PNG"))[0].tolist() == [[0, 0, 1, 128, 255]]
 
 
+RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
+
+
+def netpbm(white: int) -> bytes:
+    return b"P5\n64 8\n%d\n" % white + (RAMP * white).astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode((RAMP * 65535).astype(np.uint16), "PNG"),
+        encode((RAMP * 65535).astype(np.uint16), "TIFF"),
+        encode(RAMP.astype(np.float32), "TIFF"),
+        netpbm(1023),
+        netpbm(4095),
+    ],
+)
+def test_a_ramp_of_a_stated_range_goes_from_black_to_white(data: bytes):
+    assert np.abs(decode(data)[0].numpy() - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (encode((RAMP * 4095).astype(np.uint16), "PNG"), "whole numbers of 16 bits from 0 to 4095: its range is not"),
+        (encode((RAMP * 4095).astype(np.uint16), "TIFF"), "whole numbers of 16 bits from 0 to 4095"),
+        (encode((RAMP * 255).astype(np.uint16), "PNG"), "whole numbers of 16 bits from 0 to 255"),
+        (encode((RAMP * 255).astype(np.int32), "TIFF"), "whole numbers of 31 bits from 0 to 255"),
+        (encode((RAMP * -9).astype(np.int32), "TIFF"), "whole numbers of 31 bits from -9 to 0"),
+        (encode((RAMP * 255).astype(np.float32), "TIFF"), "floats from 0 to 255: .*convert it to 8 bits"),
+        (encode((RAMP * 2000 - 1000).astype(np.float32), "TIFF"), "floats from -1000 to 1000"),
+        (encode(np.full((8, 8), np.nan, np.float32), "TIFF"), "floats from nan to nan"),
+    ],
+)
+def test_numbers_of_an_unknown_range_are_refused_with_what_they_are(data: bytes, why: str):
+    with pytest.raises(CorruptImage, match=why):
+        decode(data)
+
+
+def test_colours_that_use_few_of_their_sixteen_bits_are_refused():
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    def deep(white: int) -> bytes:
+        row = b"\0" + np.repeat((RAMP[0] * white).astype(">u2"), 3).tobytes()
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 8, 16, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+
+    assert decode(deep(65535)).max() == 255
+    with pytest.raises(CorruptImage, match="16 bits a channel of which the upper 4 are not used"):
+        decode(deep(4095))
+
+
+def test_black_of_any_depth_is_an_image():
+    for image in (np.zeros((8, 8), np.uint16), np.zeros((8, 8), np.int32), np.zeros((8, 8), np.float32)):
+        assert not decode(encode(image, "TIFF")).any()
+
+
+def test_avif_is_read():
+    assert np.abs(decode(encode(RGB, "AVIF", quality=95)).permute(1, 2, 0).numpy().astype(int) - RGB).mean() < 8
+
+
 def test_bilevel_is_black_and_white():
     picture = Image.fromarray(RGB).convert("1")
     assert set(decode(encode(picture, "PNG")).unique().tolist()) == {0, 255}

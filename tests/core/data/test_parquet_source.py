@@ -15,7 +15,7 @@ from core.data.originals import open_original
 from core.data.parquet_source import ParquetSource
 from core.data.ranged_file import JUMP, LOCAL_PROBE
 from core.data.sentences import sentence
-from core.data.source import DataError, Source
+from core.data.source import DataError, Source, passed_over
 from core.folder import FileStore
 from tests.core.data.images import jpeg
 
@@ -85,6 +85,55 @@ def test_missing_labels_and_texts_are_allowed(tmp_path: Path) -> None:
     source = open_original(f"file://{tmp_path}")
     assert [source.label(i) for i in range(2)] == [-1, -1]
     assert [source.text(i) for i in range(2)] == ["a", ""]
+
+
+def test_whole_floats_are_labels_and_others_are_refused(tmp_path: Path) -> None:
+    types = {"image": IMAGE, "label": pa.float64()}
+    write(tmp_path / "a.parquet", {"image": pictures(4), "label": [None, 1.0, float("nan"), 0.0]}, types)
+    source = open_original(f"file://{tmp_path}")
+    assert (source.classes, [source.label(i) for i in range(4)]) == (["0", "1"], [-1, 1, -1, 0])
+    write(tmp_path / "a.parquet", {"image": pictures(2), "label": [0.0, 0.5]}, types)
+    with pytest.raises(DataError, match=r"a.parquet: label 0.5 is no number of a class"):
+        open_original(f"file://{tmp_path}")
+
+
+def test_files_of_one_data_set_may_differ_in_order_and_width_of_columns(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": [jpeg(0)], "label": [0], "text": [None]},
+          {"image": pa.binary(), "label": pa.int64(), "text": pa.null()})  # fmt: skip
+    write(tmp_path / "b.parquet", {"text": ["x"], "label": [1], "image": [jpeg(1)]},
+          {"text": pa.string(), "label": pa.int32(), "image": pa.large_binary()})  # fmt: skip
+    source = open_original(f"file://{tmp_path}")
+    assert [source.read(i).data for i in range(2)] == [jpeg(0), jpeg(1)]
+    assert [(source.label(i), source.text(i)) for i in range(2)] == [(0, ""), (1, "x")]
+    write(tmp_path / "b.parquet", {"image": [jpeg(1)], "label": ["cat"], "text": ["x"]},
+          {"image": pa.binary(), "label": pa.string(), "text": pa.string()})  # fmt: skip
+    with pytest.raises(DataError, match=r"b.parquet: other .* than in .*a.parquet: label is string instead of int64"):
+        open_original(f"file://{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.binary()), pa.binary_view()])
+def test_bytes_are_image_files_however_they_are_encoded(tmp_path: Path, kind: pa.DataType) -> None:
+    write(tmp_path / "a.parquet", {"image": [jpeg(0), jpeg(1)]}, {"image": kind})
+    assert open_original(f"file://{tmp_path}").read(1).data == jpeg(1)
+
+
+def test_columns_that_cannot_be_read_are_told_by_name_and_type(tmp_path: Path) -> None:
+    types = {"image": IMAGE, "label": pa.list_(pa.int8())}
+    write(tmp_path / "a.parquet", {"image": pictures(1), "label": [[1]]}, types)
+    (line,) = passed_over(open_original(f"file://{tmp_path}"))
+    assert line.endswith("holds no labels, the first label")
+    write(tmp_path / "a.parquet", {"pixels": [b""]}, {"pixels": pa.binary()})
+    with pytest.raises(DataError, match=r"columns pixels holds image files under a known name: .* type binary; wanted"):
+        open_original(f"file://{tmp_path}")
+
+
+def test_rows_of_paths_alone_are_said_to_be_that(tmp_path: Path) -> None:
+    paths = [{"bytes": None, "path": f"/x/{i}.png"} for i in range(5)]
+    write(tmp_path / "a.parquet", {"image": paths}, {"image": IMAGE})
+    with pytest.raises(DataError, match=r"image holds no bytes of files, at most their paths, such as '/x/0.png'"):
+        open_original(f"file://{tmp_path}")
+    write(tmp_path / "a.parquet", {"image": [*paths, *pictures(1)]}, {"image": IMAGE})
+    assert open_original(f"file://{tmp_path}").read(5).data == jpeg(0)
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [0, -2]])

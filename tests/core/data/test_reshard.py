@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from core.data import reshard
 from core.data.originals import open_original
-from core.data.reshard import Reshard, Settings, mixed
+from core.data.reshard import Reshard, Settings, mixed, summary
 from core.data.source import ArraySource, DataError, Raw, Source, open_source
 from core.data.subset import Merged
 from core.folder import FileStore
@@ -25,6 +26,7 @@ from tests.core.data.images import encode, jpeg, pixels
 from tests.core.data.tars import labelled
 
 SMALL = Settings(shard_bytes=12_000)
+DEEP = np.full((9, 9), 4095, np.uint16)  # white of 12 bits, in 16
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,15 @@ def test_problems_name_the_file_and_what_is_the_matter(whole: dict[str, bytes]) 
     assert corrupt["reason"]
     assert {duplicate["key"], duplicate["of"]} == {"a/07.jpg", "b/copy.jpg"}
     assert duplicate["reason"].startswith("same content, labels ")
+
+
+def test_black_images_are_kept_and_counted_and_those_of_no_known_range_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, image in (("a", np.full((9, 9), 7, np.uint8)), ("b", np.zeros((9, 9), np.uint8)), ("c", DEEP)):
+        Image.fromarray(image).save(tmp_path / f"in/{name}.png")
+    index = write(open_source(f"file://{tmp_path}/in"), tmp_path / "out")
+    assert (index["samples"], index["problems"]) == (2, {"black": 1, "corrupt": 1})
+    assert "1 wholly black images, which are kept" in summary(index)
 
 
 def test_classes_are_mixed(whole: dict[str, bytes], tmp_path: Path) -> None:

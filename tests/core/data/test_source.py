@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.data.source import ArraySource, DataError, Source, open_source
+from core.data.source import ArraySource, DataError, Source, open_source, passed_over
+from core.data.subset import Merged, Repeated, of_images
 from core.storage import StoreError, open_store
 from tests.core.data.images import jpeg, pixels
 
@@ -52,6 +53,20 @@ def test_any_case_of_suffix_and_any_name_is_read(tmp_path: Path):
 def test_hidden_and_other_files_are_ignored(tmp_path: Path):
     source = photos(tmp_path, "a.jpg", ".b.jpg", ".thumbs/c.jpg", "d/._e.jpg", "notes.txt", "jpg")
     assert keys(source) == ["a.jpg"]
+
+
+def test_jpegs_of_any_suffix_are_read_and_files_of_no_image_s_suffix_told_by_kind(tmp_path: Path):
+    names = ["a/1.jpg", "a/2.jfif", "a/3.JPE", "a/4.heic", "a/5.heic", "a/hash", ".x/6.heic"]
+    source = photos(tmp_path, *names)
+    assert keys(source) == ["a/1.jpg", "a/2.jfif", "a/3.JPE"]
+    told = ["2 x .heic is no suffix of an image, the first a/4.heic", "1 x the name has no suffix, the first a/hash"]
+    assert passed_over(source) == told
+    assert passed_over(Repeated(of_images(Merged([source, source]), 1.0, 0), 20))[0].startswith("4 x .heic")
+
+
+def test_a_folder_without_an_image_says_what_is_there(tmp_path: Path):
+    with pytest.raises(DataError, match=r"; 2 x .heic is no suffix of an image, the first 1.heic; give a folder"):
+        photos(tmp_path, "1.heic", "2.heic")
 
 
 def test_links_to_folders_are_followed(tmp_path: Path):

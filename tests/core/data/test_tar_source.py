@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import tarfile
@@ -13,13 +14,13 @@ import pytest
 from core.bucket import S3Store
 from core.data.ranged_file import LOCAL_PROBE, PROBE
 from core.data.sentences import sentence
-from core.data.source import DataError, Source, open_source
+from core.data.source import DataError, Source, open_source, passed_over
 from core.data.tar_scan import scan_tar
 from core.data.tar_source import TarSource
 from core.data.tar_table import tar_table
 from core.folder import FileStore
 from core.storage import Store, StoreError, open_store
-from tests.core.data.images import jpeg
+from tests.core.data.images import encode, jpeg, pixels
 from tests.core.data.tars import labelled, special, tar
 
 pytestmark = pytest.mark.usefixtures("scans")
@@ -147,6 +148,33 @@ def test_a_second_image_of_a_sample_is_passed_over(store: FileStore) -> None:
     assert source.skipped == [("a.tar: x.right.jpg", "another image of the same sample")]
 
 
+def test_an_image_of_the_plain_name_comes_before_what_says_something_of_it(store: FileStore) -> None:
+    source = opened(store, a=tar(("x.seg.png", encode(pixels(3), "PNG")), ("x.jpg", jpeg(1))))
+    assert source.read(0).data == jpeg(1)
+    assert source.skipped == [("a.tar: x.seg.png", "another image of the same sample")]
+
+
+def test_tars_that_were_joined_are_read_to_the_end(store: FileStore) -> None:
+    first, second = labelled([jpeg(0), jpeg(1)]), labelled([jpeg(2)], 2)
+    source = opened(store, a=first + bytes(100_352) + second)
+    assert keys(source) == ["set/0000", "set/0001", "set/0002"]
+    assert [source.read(i).data for i in range(3)] == [jpeg(0), jpeg(1), jpeg(2)]
+    with pytest.raises(DataError, match=rf"b.tar: .*at byte {len(first)}, is no further tar: no whole tar"):
+        opened(store, b=first + b"rubbish" * 200)
+
+
+def test_a_compressed_tar_is_called_one_whatever_its_name(store: FileStore) -> None:
+    data = labelled([jpeg(0)])
+    for name in ("b.tgz", "c.tar.gz"):
+        store.put(name, gzip.compress(data))
+    source = opened(store, a=data)
+    assert [name for name, _ in source.skipped] == ["b.tgz", "c.tar.gz"]
+    (line,) = passed_over(source)
+    assert line.startswith("2 x a compressed tar cannot be read by the sample")
+    with pytest.raises(DataError, match=r"d.tar: compressed by gzip in spite of its name; uncompress it"):
+        opened(store, d=gzip.compress(data))
+
+
 def test_names_and_numbers_as_labels_do_not_go_together(store: FileStore) -> None:
     with pytest.raises(DataError, match="some labels are numbers, others names such as 'cat'"):
         opened(store, a=tar(("x.jpg", b""), ("x.cls", "1"), ("y.jpg", b""), ("y.json", '{"class": "cat"}')))
@@ -250,7 +278,7 @@ def test_in_a_folder_little_more_than_headers_is_read(tmp_path: Path) -> None:
     store = AskedFolder(tmp_path)
     store.put("a.tar", tar(*((f"{i}.jpg", b"\1" * 100_000) for i in range(50))))
     assert len(scan_tar(store, "a.tar", store.size("a.tar") or 0).samples) == 50
-    assert sum(store.sizes) <= 51 * LOCAL_PROBE
+    assert sum(store.sizes) <= 52 * LOCAL_PROBE, "of each header, the end, and what lies behind it"
 
 
 def test_a_table_survives_being_kept(store: FileStore, tmp_path: Path) -> None:
