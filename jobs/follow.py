@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from core.storage import StoreError
-from jobs.errors import BUG, OK, PREEMPTED, redact
+from jobs.errors import BUG, OK, PREEMPTED, USER, redact
 from jobs.launchers import Launcher
 from jobs.record import ENDED, Run, State, View
 
@@ -20,7 +20,8 @@ OUTAGE_S = 300.0
 
 
 def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
-    """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 75 preempted.
+    """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 2 failed for its input, 75
+    preempted.
 
     An interrupt (Ctrl-C) leaves the run alone and returns 0.
     """
@@ -64,7 +65,9 @@ def conclude(run: Run, view: View) -> int:
     reason = view.lost or view.last.info.get("reason", "")
     print(f"{run.id} {view.shown}" + (f": {reason}" if reason else ""))
     print(f"next: make logs RUN={run.id}; make resume RUN={run.id}")
-    return PREEMPTED if state == State.PREEMPTED else BUG
+    if state == State.PREEMPTED:
+        return PREEMPTED
+    return USER if state == State.FAILED and view.last.info.get("code") == USER else BUG
 
 
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:
