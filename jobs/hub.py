@@ -61,6 +61,8 @@ def _why(error: Exception, repository: str) -> str:
     """What the hub answers instead of a file; empty when it is no answer of the hub."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _why(error.__cause__, repository)  # a download that says what is not there, and not what was answered
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if isinstance(error, errors.GatedRepoError):
         return f"the weights {repository} need their licence accepted and a login"

@@ -83,6 +83,8 @@ def _read(file: BinaryIO, size: int, where: str, path: Path | None) -> dict[str,
         elif kinds.is_legacy(head):
             file.seek(0)
             protocol = max(kinds.check_pickle(file, where) for _ in range(kinds.LEGACY_PICKLES))
+        if protocol > 3:
+            raise WeightsError(_refusal(where, "", protocol))
         file.seek(0)
         state = _load(file if path is None else path, skip=path is None)
     except (MemoryError, WeightsError, StoreError):

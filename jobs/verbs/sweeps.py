@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from core.storage import MissingObject, open_store
-from jobs import spec
+from jobs import preflight, spec
 from jobs.errors import OK, UserError, nearest
 from jobs.follow import follow
 from jobs.launchers import Launcher, Order
@@ -33,6 +33,8 @@ def submit_sweep(settings: Settings) -> int:
     launcher = choose_launcher(settings, recipes[0])
     places = [checked(recipe, root, launcher) for recipe in recipes]
     if settings.dry:
+        for recipe in {repr((r.teachers, r.student, r.stages, r.train.img_size)): r for r in recipes}.values():
+            say("\n".join(preflight.check_weights(recipe, root)))
         say("\n".join(f"{run_id}  {' '.join(member)}" for run_id, member in zip(ids, members, strict=True)))
         say("nothing was submitted (DRY=1)")
         return OK
