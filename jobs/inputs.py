@@ -60,8 +60,7 @@ def weights_fields(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(field, timm model, weights) of the teachers and of a student that does not start from scratch."""
     for name, teacher in recipe.teachers.items():
         yield f"teachers.{name}.weights", teacher.name, teacher.weights
-    first = recipe.stage_names()[0]  # whose student may be its own; those of further stages go on from a checkpoint
-    student = recipe.at(first).student
+    student = recipe.at(first := recipe.stage_names()[0]).student  # further stages go on from a checkpoint
     if student.weights:
         place = "" if student.weights == recipe.student.weights else f"stages.{first}."
         yield f"{place}student.weights", student.name, student.weights

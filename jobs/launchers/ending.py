@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import BUG, HUNG, NOT_READY, OK, PREEMPTED, USER, redact
+from jobs.errors import BUG, HUNG, NOT_READY, OK, PREEMPTED, redact
 from jobs.record import State, Transition
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -40,7 +40,7 @@ def verdict(last: Transition, attempt: int, failure: Exit | None, quiet: bool) -
     if last.state == State.PREEMPTED:
         return Verdict(PREEMPTED, again=True)
     if failure:
-        return Verdict(USER if failure.code == USER else BUG, may_pass(failure.code), State.FAILED)
+        return Verdict(BUG, may_pass(failure.code), State.FAILED)
     if quiet:
         return Verdict(BUG, False, State.FAILED, "the ranks ended before the run was finished")
     return Verdict(PREEMPTED, True, State.PREEMPTED, "asked to stop")

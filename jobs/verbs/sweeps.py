@@ -34,7 +34,8 @@ def submit_sweep(settings: Settings) -> int:
     places = [checked(recipe, root, launcher) for recipe in recipes]
     if settings.dry:
         for recipe in {repr((r.teachers, r.student, r.stages, r.train.img_size)): r for r in recipes}.values():
-            say("\n".join(preflight.check_weights(recipe, root)))
+            for note in preflight.check_weights(recipe, root):
+                say(note)
         say("\n".join(f"{run_id}  {' '.join(member)}" for run_id, member in zip(ids, members, strict=True)))
         say("nothing was submitted (DRY=1)")
         return OK
