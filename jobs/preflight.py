@@ -39,7 +39,7 @@ def check_weights(recipe: Recipe, root: str) -> list[str]:
 
     unfit, unknown, fields = [], [], list(_weights(recipe))
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda each: _outline(*each[1:], root), fields))
+        found = list(pool.map(lambda each: _outline(each[1], each[2], root), fields))
     for (field, _, weights), state in zip(fields, found, strict=True):
         try:
             if isinstance(state, Exception):

@@ -70,8 +70,7 @@ class Clip:
                 tower = TextTower(**RANDOM_TEXT, dim=self.info.projection, quick_gelu=self.quick_gelu)
             return tower.eval().requires_grad_(False)
         try:
-            tower = partial(text_tower, quick_gelu=self.quick_gelu)
-            return use_weights(self.text, self.teacher.name, root, tower)
+            return use_weights(self.text, self.teacher.name, root, partial(text_tower, quick_gelu=self.quick_gelu))
         except (MissingObject, WeightsError) as error:
             raise WeightsError(f"{self._no_text(root)} {error}") from None
 

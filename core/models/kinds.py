@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from typing import IO
+from typing import IO, Any, cast
 
 from core.models.layouts.keys import WeightsError
 
@@ -84,13 +84,11 @@ def check_pickle(file: IO[bytes], where: str) -> int:
 
     Raises WeightsError where a few bytes of it would fill the memory, and ValueError for what is no pickle.
     """
-    protocol, text = 0, ""
+    protocol, argument = 0, cast(Any, None)
     for count, (code, argument, _) in enumerate(pickletools.genops(file)):
         if code.name == "PROTO":
-            protocol = int(argument)
-        far = code.name.endswith("PUT") and int(argument) > count + 0xFF  # a memo is a list as long as its last place
-        loud = code.name.endswith("GLOBAL") and "bytearray" in f"{argument or text}"
-        if far or loud:
+            protocol = argument
+        far = code.name.endswith("PUT") and argument > count + 0xFF  # a memo is a list as long as its last place
+        if far or code.name == "GLOBAL" and "bytearray" in argument:
             raise WeightsError(f"{where}: its pickle is not one that torch.save writes")
-        text = argument if isinstance(argument, str) else text
     return protocol

@@ -84,7 +84,7 @@ def text_tower(state: Mapping[str, Any], quick_gelu: bool = True) -> TextTower:
     return tower.eval().requires_grad_(False)
 
 
-def check_text_tower(state: Mapping[str, Any]) -> tuple[dict[str, int], State]:
+def check_text_tower(state: Mapping[str, Any]) -> tuple[dict[str, Any], State]:
     """Arguments of the text tower in a checkpoint, and its tensors, of which no numbers are looked at.
 
     Raises WeightsError as text_tower.
@@ -98,7 +98,7 @@ def check_text_tower(state: Mapping[str, Any]) -> tuple[dict[str, int], State]:
     except (ValueError, IndexError):
         raise WeightsError("no CLIP text tower: its tables have not two axes") from None
     layers = len({key.split(".")[2] for key in tensors if key.startswith("transformer.resblocks.")})
-    sizes = {"width": width, "layers": layers, "heads": max(1, width // 64), "dim": dim, "slots": slots,
+    sizes: dict[str, Any] = {"width": width, "layers": layers, "heads": max(1, width // 64), "dim": dim, "slots": slots,
              "vocabulary": vocabulary}  # fmt: skip
     try:
         with torch.device("meta"):
