@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.storage import MissingObject, StoreError
 from jobs import hub, inputs
+from jobs.errors import redact
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
@@ -35,6 +36,7 @@ def check_weights(recipe: Recipe, root: str) -> list[str]:
     with all that do not fit.
     """
     from core.models.fit import check_fit
+    from core.models.locate import one_of_several
     from core.models.weights import WeightsError
 
     unfit, unknown, fields = [], [], list(_weights(recipe))
@@ -47,11 +49,11 @@ def check_weights(recipe: Recipe, root: str) -> list[str]:
             check_fit(recipe, field, state)
         except WeightsError as error:
             place = "" if weights in str(error) else f"{weights}: "
-            unfit.append(f"{field}: {place}{error}")
+            unfit.append(f"{field}: {place}{error}{one_of_several(weights)}")
         except MissingObject:  # told as missing, or yet to be made
             continue
         except StoreError as error:
-            unknown.append(f"{field}: not compared with its network: {error}")
+            unknown.append(redact(f"{field}: not compared with its network: {error}"))
     if unfit:
         raise WeightsError("\n".join(unfit))
     return unknown

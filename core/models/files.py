@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.models import kinds
-from core.models.layouts.keys import WeightsError
+from core.models.layouts.keys import WeightsError, few
 from core.models.torchscript import is_torchscript, read_torchscript
 from core.storage import StoreError
 
@@ -59,7 +59,7 @@ def join(parts: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name, part in parts.items():
         if double := sorted(map(str, joined.keys() & part.keys())):
-            raise WeightsError(f"{where}: {double[0]} is in {name} and in another file of the index")
+            raise WeightsError(f"{where}: {few(double[:1])} is in {few([name])} and in another file of the index")
         joined |= part
     return joined
 

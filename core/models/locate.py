@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from core.data.ranged_file import RangedFile
 from core.models import files
+from core.models.layouts.keys import few
 from core.models.weights import WeightsError, detect
 from core.storage import MissingObject, Store, StoreError, open_store, resolve
 
@@ -64,6 +65,8 @@ def outline(uri: str, opened: Callable[[str], Store] = open_store) -> dict[str, 
     if not name.endswith(files.INDEX):
         return _outline(store, name, uri)
     names = files.shards(store.get_range(name, 0, files.MOST_INDEX), uri)
+    if absent := [each for each in names if store.size(each) is None]:
+        raise WeightsError(f"{uri}: names files that are not there: {few(absent)}")
     return files.join({each: _outline(store, each, f"{folder}/{each}") for each in names}, uri)
 
 
@@ -95,6 +98,12 @@ def record_key(uri: str, root: str) -> str:
     return f"weights/sha256/{hashlib.sha256(uri.encode()).hexdigest()[:40]}"
 
 
+def one_of_several(uri: str) -> str:
+    """A line for the address of a file that is named as one part of several; empty for others."""
+    several = re.search(r"([^/]*)-\d{5}-of-\d{5}(\.\w+)$", uri)
+    return f"\n  it is one of several files: name their index, {several[1]}{several[2]}{files.INDEX}" if several else ""
+
+
 def _some(state: dict[str, Any]) -> dict[str, Any]:
     detect(state)  # refuses what has no tensors
     return state
@@ -106,11 +115,6 @@ def _split(uri: str) -> tuple[str, str]:
     if not name:
         raise WeightsError(f"weights {uri!r}: not the address of a file")
     return folder, name
-
-
-def _one_of_several(uri: str) -> str:
-    several = re.search(r"([^/]*)-\d{5}-of-\d{5}(\.\w+)$", uri)
-    return f"\n  it is one of several files: name their index, {several[1]}{several[2]}{files.INDEX}" if several else ""
 
 
 def _fetch(uri: str) -> tuple[dict[str, Any], str]:
@@ -143,7 +147,7 @@ def _use(uri: str, root: str, take: Callable[[dict[str, Any]], T]) -> tuple[T, s
     try:
         taken = take(state)
     except WeightsError as error:
-        raise WeightsError(f"{uri}: {error}{_one_of_several(uri)}") from None
+        raise WeightsError(f"{uri}: {error}{one_of_several(uri)}") from None
     if root and not known:
         with suppress(StoreError, OSError):  # a store that cannot be written keeps no record
             open_store(root).put_if_absent(record_key(uri, root), f"{sha}  {uri}\n".encode())

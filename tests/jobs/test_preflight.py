@@ -76,6 +76,24 @@ def test_weights_that_fit_are_compared_wherever_they_lie(
     assert "student.weights" not in str(caught.value), "its position table is fitted to other image sizes"
 
 
+def test_a_part_of_several_files_and_an_index_without_one_are_told(
+    tiny_recipe: Path, root: str, tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(state)}
+    index.write_text(json.dumps({"weight_map": names}))
+    for name in set(names.values()):
+        save_file({key: value for key, value in state.items() if names[key] == name}, tmp_path / name)
+    whole = given(tiny_recipe, teachers__big__weights=f"file://{index}")
+    assert preflight.check_weights(whole, root) == []
+    part = given(tiny_recipe, teachers__big__weights=f"file://{tmp_path}/{names['cls_token']}")
+    with pytest.raises(RuntimeError, match="one of several files: name their index, model.safetensors.index.json"):
+        preflight.check_weights(part, root)
+    (tmp_path / names["cls_token"]).unlink()
+    with pytest.raises(RuntimeError, match="index.json: names files that are not there: model-00001-of-00002"):
+        preflight.check_weights(whole, root)
+
+
 def test_a_text_tower_that_is_none_is_told(
     tiny_recipe: Path, root: str, tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
