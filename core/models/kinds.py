@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from core.models.layouts.keys import WeightsError
@@ -14,6 +15,7 @@ MOST_HEADER = 100_000_000  # bytes of a safetensors header, as its own library h
 MOST_PICKLE = 64 << 20  # bytes of the pickle of a torch archive, beside which the tensors lie
 LEGACY_PICKLES = 5  # at the start of what torch.save wrote before it wrote zip archives
 LEGACY = re.compile(rb"\x80.(\x95.{8})?\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL)  # torch's mark, as a pickle
+Operations = Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]
 UNREAD = ("code/", "extra/")  # parts of TorchScript that nothing here reads
 LFS = re.compile(rb"version https://git-lfs\.github\.com/spec/.*?^size (\d+)$", re.DOTALL | re.MULTILINE)
 OTHERS = (
@@ -84,8 +86,8 @@ def check_pickle(file: IO[bytes], where: str) -> int:
 
     Raises WeightsError where a few bytes of it would fill the memory, and ValueError for what is no pickle.
     """
-    protocol, argument = 0, cast(Any, None)
-    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+    protocol = 0
+    for count, (code, argument, _) in enumerate(cast("Operations", pickletools.genops(file))):
         if code.name == "PROTO":
             protocol = argument
         far = code.name.endswith("PUT") and argument > count + 0xFF  # a memo is a list as long as its last place
