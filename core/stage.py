@@ -25,6 +25,7 @@ from core.engine import Engine
 from core.inputs import open_inputs, shard_cache, stage_steps
 from core.manifest import CheckpointError
 from core.methods.base import Batch, Info, Method, Outputs, Report
+from core.models.layouts.keys import few
 from core.models.students import build_student
 from core.models.teachers import FrozenTeacher, load_teachers
 from core.models.vit import resize_pos_embed
@@ -196,5 +197,5 @@ def _take_over(module: nn.Module, reader: Reader, method: Method, here: bool, in
     wrong = {name for name in given.keys() & own.keys() if given[name].shape != own[name].shape}
     wrong |= given.keys() - own.keys() if here else given.keys() ^ own.keys()
     if wrong:
-        raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {', '.join(sorted(wrong))}")
+        raise CheckpointError(f"{reader.manifest.key}: does not fit this recipe's module: {few(sorted(wrong))}")
     module.load_state_dict(given, strict=not here)

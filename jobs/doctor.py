@@ -115,10 +115,22 @@ def needs(recipe: Recipe, root: str) -> Iterator[Finding]:
         yield Finding("inputs", lack.what, lack.how)
     if not lacks:
         yield Finding("inputs", "all there, or made by submit")
+    yield trial("weights", "name a file that fits, or the network that it is of", lambda: weights(recipe, root))
     yield trial("data", "see data.source", lambda: decode(recipe, root))
     if not any(lack.what.startswith("evaluate.") for lack in lacks):
         yield trial("evaluation", "see evaluate.train and evaluate.test", lambda: check_evaluation(recipe, root))
     yield trial("student", "see student.name, student.args and student.weights", lambda: forward(recipe, root))
+
+
+def weights(recipe: Recipe, root: str) -> str:
+    """Raises WeightsError where a file that is there does not fit its network."""
+    from core.config import ConfigError
+    from jobs.preflight import check_weights
+
+    try:
+        return "\n      ".join(check_weights(recipe, root)) or "all that are there fit their networks"
+    except ConfigError:
+        return "not compared with networks that cannot be built: see below"
 
 
 def trial(name: str, fix: str, attempt: Callable[[], str]) -> Finding:
@@ -208,7 +220,9 @@ def forward(recipe: Recipe, root: str) -> str:
     import torch
 
     from core.models.students import build_student
+    from jobs.preflight import check_networks
 
+    check_networks(recipe)
     size = recipe.stage(recipe.stage_names()[0]).img_size
     model, _ = build_student(recipe.student, size, recipe.seed, root)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from core.storage import StoreError
 from core.text import one_line
-from jobs.errors import BUG, OK, PREEMPTED, redact
+from jobs.errors import BUG, OK, PREEMPTED, USER, redact
 from jobs.launchers import Launcher
 from jobs.leaving import as_interrupts
 from jobs.record import ENDED, Run, State, View
@@ -23,7 +23,8 @@ OUTAGE_S = 300.0
 
 
 def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
-    """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 75 preempted.
+    """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 2 failed for its input, 75
+    preempted.
 
     An interrupt (Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed) leaves the run alone and returns 0.
     """
@@ -68,7 +69,9 @@ def conclude(run: Run, view: View) -> int:
     reason = view.lost or view.last.info.get("reason", "")
     print(f"{run.id} {view.shown}" + (f": {reason}" if reason else ""))
     print(f"next: {steps(run.root, run.id, 'logs', 'resume')}")
-    return PREEMPTED if state == State.PREEMPTED else BUG
+    if state == State.PREEMPTED:
+        return PREEMPTED
+    return USER if state == State.FAILED and view.last.info.get("code") == USER else BUG
 
 
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from core.storage import open_store
+from core.storage import StoreError, open_store
 from jobs.errors import NotReady
 
 if TYPE_CHECKING:
@@ -49,17 +49,52 @@ def unreachable(repository: str) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return f"{what}, and HF_HUB_OFFLINE forbids to download them"
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=TIMEOUT_S)
-    except GatedRepoError:
-        return f"the weights {repository} need their licence accepted and a login"
-    except RepositoryNotFoundError:
-        return f"the hub has no public repository {repository}"
     except Exception as error:  # whatever the network stack raises: the hub cannot be reached from here
-        return f"{what}, and the hub does not answer ({type(error).__name__})"
+        return _why(error, repository) or f"{what}, and the hub does not answer ({type(error).__name__})"
     return ""
+
+
+def _why(error: Exception, repository: str) -> str:
+    """What the hub answers instead of a file; empty when it is no answer of the hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _why(error.__cause__, repository)  # a download that says what is not there, and not what was answered
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if isinstance(error, errors.GatedRepoError):
+        return f"the weights {repository} need their licence accepted and a login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no public repository {repository}"
+    if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
+        return f"the hub's repository {repository} has no file {FILE}; download another one of it and name that file"
+    if status == 429:
+        return f"the hub answers 429, too many requests, for {repository}: wait some minutes, or hf auth login first"
+    return f"the hub answers {status} for {repository}: see https://status.huggingface.co" if status else ""
+
+
+def outline(repository: str) -> dict[str, Any]:
+    """Names and shapes of weights that are not staged, from the local cache or the hub, of which few bytes are read.
+
+    Raises WeightsError, StoreError.
+    """
+    import torch
+    from huggingface_hub import HfApi
+
+    from core.models import files
+
+    there = source(repository)
+    if path := _cached(repository) or _cached(there):
+        with path.open("rb") as file:
+            return files.outline(file, path.stat().st_size, str(path))
+    try:
+        found = HfApi().parse_safetensors_file_metadata(there, FILE, timeout=TIMEOUT_S)
+        return {name: torch.empty(tensor.shape, device="meta") for name, tensor in found.tensors.items()}
+    except Exception as error:  # as in `unreachable`
+        why = _why(error, there) or f"the header of {there} could not be read ({type(error).__name__})"
+        raise StoreError(why) from None
 
 
 def stage(recipe: Recipe, root: str, say: Callable[[str], None]) -> None:
@@ -88,4 +123,5 @@ def _download(field: str, repository: str) -> Path:
     try:
         return Path(hf_hub_download(repository, FILE))
     except Exception as error:
-        raise NotReady(f"{field}: {repository} could not be downloaded: {type(error).__name__}: {error}") from error
+        why = _why(error, repository) or f"{repository} could not be downloaded: {type(error).__name__}: {error}"
+        raise NotReady(f"{field}: {why}") from error

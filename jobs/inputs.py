@@ -64,8 +64,10 @@ def weights_fields(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(field, timm model, weights) of the teachers and of a student that does not start from scratch."""
     for name, teacher in recipe.teachers.items():
         yield f"teachers.{name}.weights", teacher.name, teacher.weights
-    if recipe.student.weights:
-        yield "student.weights", recipe.student.name, recipe.student.weights
+    student = recipe.at(first := recipe.stage_names()[0]).student  # further stages go on from a checkpoint
+    if student.weights:
+        place = "" if student.weights == recipe.student.weights else f"stages.{first}."
+        yield f"{place}student.weights", student.name, student.weights
 
 
 def data_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:

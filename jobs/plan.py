@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.config import ConfigError, nearest
+from jobs.errors import OK, USER, redact
 from jobs.table import table
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ MIB, GB, HOUR = 2**20, 1e9, 3600.0
 
 
 def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0, price: float = 0.0) -> dict[str, Any]:
-    """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8) at `price` an hour.  Raises ConfigError."""
+    """Facts of a recipe on `gpus` of a kind (0: the recipe's number, or 8) at `price` an hour.  Raises ConfigError.
+
+    `unfit`: what of its weights does not fit, for which a submission is refused.
+    """
     if gpus < 0:
         raise ConfigError(f"GPUS: must not be negative, got {gpus}")
     if gpu not in GPUS:
@@ -29,6 +33,8 @@ def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0, price: flo
     from jobs import inputs
     from jobs.placement import gpu_count
 
+    lacks, (unfit, notes) = inputs.missing(recipe, root, gpu_count()), _weights(recipe, root)
+    notes = [note for note in notes if not any(lack.what.startswith(f"{note.split(':')[0]}:") for lack in lacks)]
     count = gpus or recipe.launch.ranks or 8
     samples, known = _samples(recipe, root)
     stages = []
@@ -39,8 +45,25 @@ def plan(recipe: Recipe, root: str, gpu: str = "h100", gpus: int = 0, price: flo
         "recipe": recipe.name, "gpu": gpu, "gpus": count, "mfu": MFU, "samples": samples, "samples_known": known,
         "student": recipe.student.name, "teachers": {k: t.name for k, t in sorted(recipe.teachers.items())},
         "stages": stages, "gpu_hours": (hours := sum(s["gpu_hours"] for s in stages)), "price": hours * price or None,
-        "missing": [f"{m.what}\n    -> {m.how}" for m in inputs.missing(recipe, root, gpu_count())],
+        "missing": [f"{m.what}\n    -> {m.how}" for m in lacks],
+        "unfit": unfit, "notes": notes,
     }  # fmt: skip
+
+
+def code(facts: dict[str, Any]) -> int:
+    """Exit code of a verb that shows the facts."""
+    return USER if facts["unfit"] else OK
+
+
+def _weights(recipe: Recipe, root: str) -> tuple[str, list[str]]:
+    """How weight files do not fit their networks, and what could not be compared."""
+    from core.models.weights import WeightsError
+    from jobs.preflight import check_weights
+
+    try:
+        return "", check_weights(recipe, root)
+    except WeightsError as error:
+        return redact(str(error)), []
 
 
 def _samples(recipe: Recipe, root: str) -> tuple[int, bool]:
@@ -111,6 +134,7 @@ def _memory(settings: Train, cost: StageCost, trainable: int, gpus: int, zero: i
 def render(facts: dict[str, Any]) -> str:
     note = "" if facts["samples_known"] else " (assumed: the data are not there yet)"
     missing = ["missing:", *(f"  {m}" for m in facts["missing"])] if facts["missing"] else ["nothing is missing"]
+    unfit = ["does not fit:", *(f"  {line}" for line in facts["unfit"].splitlines())] if facts["unfit"] else []
     lines = [
         f"plan of {facts['recipe']} on {facts['gpus']} x {facts['gpu']} at {facts['mfu']:.0%} MFU",
         f"student {facts['student']}; teachers {', '.join(facts['teachers'].values()) or 'none'}",
@@ -126,6 +150,8 @@ def render(facts: dict[str, Any]) -> str:
         + (f", price {facts['price']:,.2f}" if facts["price"] else ""),
         "",
         *missing,
+        *unfit,
+        *facts["notes"],
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import UserError
 
 if TYPE_CHECKING:
-    from core.recipe import Recipe, Teacher
+    from core.recipe import Recipe, Student, Teacher
     from jobs.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,10 +86,9 @@ def record(run: str, recipe: Recipe, root: str, settings: Settings, current: Cod
     from core.config import fingerprint
     from core.models.locate import digest
 
-    def described(teacher: Teacher) -> dict[str, str]:
-        known = teacher.weights != "random"
-        sha = digest(teacher.weights, teacher.name, root) if known else ""
-        return {"weights": teacher.weights, "sha256": sha, "licence": teacher.licence}
+    def hashed(part: Teacher | Student) -> dict[str, str]:
+        known = part.weights not in ("", "random")
+        return {"weights": part.weights, "sha256": digest(part.weights, part.name, root) if known else ""}
 
     return {
         "id": run,
@@ -101,7 +100,8 @@ def record(run: str, recipe: Recipe, root: str, settings: Settings, current: Cod
         "dirty": current.dirty,
         "packages": packages(),
         "created": time.time(),
-        "teachers": {name: described(teacher) for name, teacher in recipe.teachers.items()},
+        "student": hashed(recipe.at(recipe.stage_names()[0]).student),
+        "teachers": {name: hashed(t) | {"licence": t.licence} for name, t in recipe.teachers.items()},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from core.folder import FileStore
 from core.storage import Store
@@ -56,3 +57,8 @@ class RangedFile(io.RawIOBase):
         data = self.at(self._place, self._size if count is None or count < 0 else count)
         self._place += len(data)
         return data
+
+    def readinto(self, into: Any) -> int:
+        data = self.read(len(into))
+        into[: len(data)] = data
+        return len(data)

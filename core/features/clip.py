@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from core.config import ConfigError
 from core.features.about import About, of_teacher, weights_digest
 from core.features.live import Live
 from core.methods.base import Batch, Features, Info, Outputs
-from core.models.locate import read_weights, weights_uri
+from core.models.locate import use_weights, weights_uri
 from core.models.students import describe
 from core.models.teachers import create_teacher, load_teachers
 from core.models.text import TextTower, text_tower
@@ -69,7 +70,7 @@ class Clip:
                 tower = TextTower(**RANDOM_TEXT, dim=self.info.projection, quick_gelu=self.quick_gelu)
             return tower.eval().requires_grad_(False)
         try:
-            return text_tower(read_weights(self.text, self.teacher.name, root), self.quick_gelu)
+            return use_weights(self.text, self.teacher.name, root, partial(text_tower, quick_gelu=self.quick_gelu))
         except (MissingObject, WeightsError) as error:
             raise WeightsError(f"{self._no_text(root)} {error}") from None
 

@@ -1,18 +1,26 @@
 """From a weights field of a recipe to a state dict: staged hub weights, a file, a bucket, or an earlier run.
 
-No hash of an upstream file is known beforehand. The first use of an address records that of its bytes in the store;
-other bytes at the same address are refused later.
+No hash of an upstream file is known beforehand. The first use of an address as weights records that of its bytes in the
+store; other bytes at the same address are refused later.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
-from core.models.weights import WeightsError, read
-from core.storage import MissingObject, StoreError, open_object, open_store, resolve
+from core.data.ranged_file import RangedFile
+from core.models import files
+from core.models.layouts.keys import few
+from core.models.weights import WeightsError, detect
+from core.storage import MissingObject, Store, StoreError, local_path, open_store, resolve
+
+T = TypeVar("T")
 
 
 def weights_uri(weights: str, model: str, root: str) -> str:
@@ -34,12 +42,44 @@ def read_weights(weights: str, model: str, root: str) -> dict[str, Any]:
 
     Raises WeightsError, also when the bytes are not those of the first use, or StoreError when they cannot be had.
     """
-    return _fetch(weights_uri(weights, model, root), root)[0]
+    return use_weights(weights, model, root, _some)
+
+
+def use_weights(weights: str, model: str, root: str, take: Callable[[dict[str, Any]], T]) -> T:
+    """What `take` makes of the checkpoint of a weights field.  Raises as read_weights, and WeightsError of `take`, with
+    the file's address before it.
+
+    The file's hash is recorded only when `take` could use it: what proves to be no weights, or another network's, may
+    be replaced.
+    """
+    return _use(weights_uri(weights, model, root), root, take)[0]
+
+
+def outline(uri: str, opened: Callable[[str], Store] = open_store) -> dict[str, Any]:
+    """Checkpoint at an address with tensors of the right shapes and no numbers in them; few bytes are read.
+
+    opened: the store of an address.  Raises WeightsError, StoreError.
+    """
+    folder, name = _split(uri)
+    store = opened(f"{folder}/")
+    if not name.endswith(files.INDEX):
+        return _outline(store, name, uri)
+    names = files.shards(store.get_range(name, 0, files.MOST_INDEX), uri)
+    if absent := [each for each in names if store.size(each) is None]:
+        raise WeightsError(f"{uri}: names files that are not there: {few(absent)}")
+    return files.join({each: _outline(store, each, f"{folder}/{each}") for each in names}, uri)
+
+
+def _outline(store: Store, name: str, uri: str) -> dict[str, Any]:
+    size = store.size(name)
+    if size is None:
+        raise MissingObject(f"{uri} does not exist")
+    return files.outline(cast(BinaryIO, RangedFile(store, name, size)), size, uri)
 
 
 def digest(weights: str, model: str, root: str) -> str:
-    """SHA-256 of the weight file.  Raises as read_weights."""
-    return _fetch(weights_uri(weights, model, root), root)[1]
+    """SHA-256 of the weight file; of several, that of their hashes.  Raises as read_weights."""
+    return _use(weights_uri(weights, model, root), root, _some)[1]
 
 
 def recorded_digest(weights: str, model: str, root: str) -> str:
@@ -47,11 +87,7 @@ def recorded_digest(weights: str, model: str, root: str) -> str:
 
     Raises as read_weights.
     """
-    uri = weights_uri(weights, model, root)
-    try:
-        return open_store(root).get(record_key(uri, root)).decode().split()[0]
-    except MissingObject:
-        return _fetch(uri, root)[1]
+    return _recorded(weights_uri(weights, model, root), root) or digest(weights, model, root)
 
 
 def record_key(uri: str, root: str) -> str:
@@ -62,31 +98,76 @@ def record_key(uri: str, root: str) -> str:
     return f"weights/sha256/{hashlib.sha256(uri.encode()).hexdigest()[:40]}"
 
 
-def _fetch(uri: str, root: str) -> tuple[dict[str, Any], str]:
-    store, name = open_object(uri)
+def one_of_several(uri: str) -> str:
+    """A line for the address of a file that is named as one part of several; empty for others."""
+    several = re.search(r"([^/]*)-\d{5}-of-\d{5}(\.\w+)$", uri)
+    return f"\n  it is one of several files: name their index, {several[1]}{several[2]}{files.INDEX}" if several else ""
+
+
+def _some(state: dict[str, Any]) -> dict[str, Any]:
+    detect(state)  # refuses what has no tensors
+    return state
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """URI of the folder, and the file's name in it."""
+    folder, _, name = uri.rpartition("/")
     if not name:
         raise WeightsError(f"weights {uri!r}: not the address of a file")
+    path = local_path(uri)
+    return folder, path.name if path else name
+
+
+def _fetch(uri: str) -> tuple[dict[str, Any], str]:
+    """The checkpoint at an address and its SHA-256.  Raises WeightsError, StoreError."""
+    folder, name = _split(uri)
+    store = open_store(f"{folder}/")
     with tempfile.TemporaryDirectory(prefix="retort-weights-") as temporary:
-        path = Path(temporary) / name
-        store.get_file(name, path)
-        with path.open("rb") as file:
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
-        _compare(uri, sha, root)
-        return read(path), sha
+        path = Path(temporary) / "weights"
+
+        def one(each: str) -> tuple[dict[str, Any], str]:
+            store.get_file(each, path)
+            with path.open("rb") as file:
+                sha = hashlib.file_digest(file, "sha256").hexdigest()
+            return files.read(path, f"{folder}/{each}"), sha
+
+        if not name.endswith(files.INDEX):
+            return one(name)
+        data = store.get_range(name, 0, files.MOST_INDEX)
+        found = {each: one(each) for each in files.shards(data, uri)}
+        text = "".join(f"{sha}  {each}\n" for each, (_, sha) in found.items())
+        whole = files.join({each: part for each, (part, _) in found.items()}, uri)
+        return whole, hashlib.sha256(text.encode()).hexdigest()
 
 
-def _compare(uri: str, sha: str, root: str) -> None:
-    """Record a file's hash, or compare it with the recorded one; a store that cannot be written keeps no record."""
-    if not root:
-        return
-    store, key = open_store(root), record_key(uri, root)
+def _use(uri: str, root: str, take: Callable[[dict[str, Any]], T]) -> tuple[T, str]:
+    """What `take` makes of a checkpoint, and its hash, which is compared with the recorded one, or recorded."""
+    state, sha = _fetch(uri)
+    known = _recorded(uri, root)
+    _compare(uri, sha, known, root)
     try:
-        new = store.put_if_absent(key, f"{sha}  {uri}\n".encode())
-        known = sha if new else store.get(key).decode().split()[0]
-    except (StoreError, OSError):
-        return
-    if known != sha:
+        taken = take(state)
+    except WeightsError as error:
+        raise WeightsError(f"{uri}: {error}{one_of_several(uri)}") from None
+    if root and not known:
+        with suppress(StoreError, OSError):  # a store that cannot be written keeps no record
+            open_store(root).put_if_absent(record_key(uri, root), f"{sha}  {uri}\n".encode())
+        _compare(uri, sha, _recorded(uri, root), root)  # another process may have been first
+    return taken, sha
+
+
+def _recorded(uri: str, root: str) -> str:
+    """The hash of the first use of an address; empty where none is known."""
+    try:
+        return open_store(root).get(record_key(uri, root)).decode().split()[0] if root else ""
+    except (StoreError, OSError, ValueError, IndexError):
+        return ""
+
+
+def _compare(uri: str, sha: str, known: str, root: str) -> None:
+    if known and known != sha:
+        place = f"{open_store(root).uri.rstrip('/')}/{record_key(uri, root)}"
         raise WeightsError(
             f"{uri} is not the file of its first use: its SHA-256 is {sha}, recorded was {known}. Put the first file "
-            f"back, or, if the change is meant, remove the record {store.uri.rstrip('/')}/{key}"
+            f"back, or, if the change is meant, remove the record {place}"
         )

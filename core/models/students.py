@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import timm
@@ -16,7 +17,7 @@ from core.models.clip import as_projection
 from core.models.drop_path import remove_drop_path
 from core.models.features import family, stride
 from core.models.known import KNOWN
-from core.models.locate import read_weights
+from core.models.locate import use_weights
 from core.models.swin import use_masks_in_compute_precision
 from core.models.variants import own_arguments, vary
 from core.models.vit import set_drop_path
@@ -107,7 +108,7 @@ def build_student(
         if initialise is not None:
             initialise(model)
     if student.weights:
-        load_strict(model, read_weights(student.weights, student.name, root), fit_positions=True)
+        use_weights(student.weights, student.name, root, partial(load_strict, model, fit_positions=True))
     if not student.drop_path:
         remove_drop_path(model)
     elif info.is_vit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from core.config import ConfigError
 from core.data.views import IMAGENET_MEAN, IMAGENET_STD
 from core.methods.base import Features, Info
 from core.models.features import family, take, to_precision
-from core.models.locate import read_weights
+from core.models.locate import use_weights
 from core.models.students import create, describe
 from core.models.vit import as_vit, set_grid
 from core.models.weights import load_strict
@@ -120,7 +121,7 @@ def load_teachers(
             torch.manual_seed(zlib.crc32(key.encode()))  # `random` weights differ by teacher and never by rank
             model = create_teacher(teacher, f"teachers.{key}", infos[key].img_size)
         if teacher.weights != "random":
-            load_strict(model, read_weights(teacher.weights, teacher.name, root))
+            use_weights(teacher.weights, teacher.name, root, partial(load_strict, model))
         loaded[key] = FrozenTeacher(teacher, model, infos[key], student)
         to_precision(model, device, dtype)
     return loaded

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from core.models.weights import WeightsError, unwrap
+from core.models.layouts.keys import State, WeightsError, few
+from core.models.misfit import problems_of
+from core.models.weights import unwrap
 
 SLOTS = 77
 
@@ -73,19 +75,39 @@ class TextTower(nn.Module):
 def text_tower(state: Mapping[str, Any], quick_gelu: bool = True) -> TextTower:
     """The text tower in a CLIP checkpoint of OpenAI's key layout, sized by its arrays; image keys are left aside.
 
-    Raises WeightsError when a key is missing.
+    Raises WeightsError when a key is missing or of another shape.
     """
-    tensors = {key.removeprefix("text."): value.float() for key, value in unwrap(state).items()}
+    sizes, tensors = check_text_tower(state)
+    tower = TextTower(**sizes, quick_gelu=quick_gelu)
+    own = tower.model.state_dict()
+    tower.model.load_state_dict({key: tensors[key].float() if key in tensors else own[key] for key in own})
+    return tower.eval().requires_grad_(False)
+
+
+def check_text_tower(state: Mapping[str, Any]) -> tuple[dict[str, Any], State]:
+    """Arguments of the text tower in a checkpoint, and its tensors, of which no numbers are looked at.
+
+    Raises WeightsError as text_tower.
+    """
+    tensors = {key.removeprefix("text."): value for key, value in unwrap(state).items()}
     try:
         slots, width = tensors["positional_embedding"].shape
         vocabulary, dim = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
     except KeyError as error:
         raise WeightsError(f"no CLIP text tower: {error.args[0]} is missing from the weights") from None
+    except (ValueError, IndexError):
+        raise WeightsError("no CLIP text tower: its tables have not two axes") from None
     layers = len({key.split(".")[2] for key in tensors if key.startswith("transformer.resblocks.")})
-    tower = TextTower(width, layers, max(1, width // 64), dim, slots, vocabulary, quick_gelu)
-    own = tower.model.state_dict()
-    missing = sorted(own.keys() - tensors.keys() - {"attn_mask"})
-    if missing:
-        raise WeightsError(f"no whole CLIP text tower: missing {', '.join(missing)}")
-    tower.model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
-    return tower.eval().requires_grad_(False)
+    sizes: dict[str, Any] = {"width": width, "layers": layers, "heads": max(1, width // 64), "dim": dim, "slots": slots,
+             "vocabulary": vocabulary}  # fmt: skip
+    try:
+        with torch.device("meta"):
+            own = TextTower(**sizes).model.state_dict()
+    except (AssertionError, RuntimeError) as error:
+        raise WeightsError(f"no CLIP text tower can have {sizes}: {error}") from None
+    given = {key: value for key, value in tensors.items() if key in own}
+    if missing := sorted(own.keys() - given.keys() - {"attn_mask"}):
+        raise WeightsError(f"no whole CLIP text tower: missing {few(missing)}")
+    if problems := problems_of(own, own | given):
+        raise WeightsError("\n  ".join(["no CLIP text tower", *problems]))
+    return sizes, given

@@ -6,14 +6,15 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MARK = "constants.pkl"  # beside data.pkl, in archives of TorchScript only
+MOST_PARTS = 100_000  # modules, tensors and settings by all their names: a module may hold another one twice
 DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -21,45 +22,56 @@ DTYPES = {
 }  # fmt: skip
 
 
-def is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:] == [MARK] for name in archive.namelist())
+def is_torchscript(archive: zipfile.ZipFile) -> bool:
+    return any(name.split("/")[1:] == [MARK] for name in archive.namelist())
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in the module.
+def read_torchscript(archive: zipfile.ZipFile, name: str, whole: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in the module; not whole: their shapes alone.
 
-    Raises pickle.UnpicklingError when the archive needs anything but modules, tensors and plain data.
+    name: of the archive's pickle.  Raises pickle.UnpicklingError when it needs anything but modules, tensors and plain
+    data.
     """
-    with zipfile.ZipFile(path) as archive:
-        folder = archive.namelist()[0].split("/")[0]
-        root = _Unpickler(io.BytesIO(archive.read(f"{folder}/data.pkl")), archive, f"{folder}/data/").load()
-    return dict(_tensors(root, ""))
+    folder = name.removesuffix(".pkl") if whole else ""
+    root = _Unpickler(io.BytesIO(archive.read(name)), archive, folder).load()
+    return _tensors(root)
 
 
 class _Module:
     """A module of the archive, whose class is code that is left alone: only its attributes are taken."""
 
+    attributes: dict[str, Any] = {}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.attributes = state
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, _Module):
-        for key, part in value.attributes.items():
-            yield from _tensors(part, f"{name}.{key}" if name else key)
+def _tensors(root: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    todo, seen = [("", root)], 0
+    while todo:
+        name, value = todo.pop()
+        seen += 1
+        if seen > MOST_PARTS:
+            raise pickle.UnpicklingError("more parts than a network has")
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, _Module):
+            prefix = f"{name}." if name else ""
+            todo += [(f"{prefix}{key}", part) for key, part in reversed(value.attributes.items())]
+    return found
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows modules, tensors and lists; every other name in the file is refused."""
+    """Knows modules, tensors and lists; every other name in the file is refused.
+
+    folder: of the numbers; without it, tensors have none.
+    """
 
     def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self.archive, self.folder = archive, folder
+        self._numbers = cache(self._read)  # many tensors may lie in one record
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Callable[..., Any]] = {
@@ -77,12 +89,16 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
-        data = self.archive.read(f"{self.folder}{key}")
-        return torch.frombuffer(bytearray(data), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        if not self.folder or not count:
+            return torch.empty(count, dtype=dtype, device="cpu" if self.folder else "meta")
+        return torch.frombuffer(self._numbers(str(key)), dtype=dtype, count=count)
+
+    def _read(self, key: str) -> bytearray:
+        return bytearray(self.archive.read(f"{self.folder}/{key}"))
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return torch.as_strided(storage, size, stride, offset).clone()
+    return torch.as_strided(storage, size, stride, offset)
 
 
 def _same(value: Any, *_: Any) -> Any:

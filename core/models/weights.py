@@ -1,39 +1,61 @@
-"""Weight files: safe reading, upstream key layouts to timm's (`core.models.layouts`), strict loading."""
+"""Checkpoints into networks: out of their wrappings, from upstream key layouts to timm's, and strictly."""
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from core.models.files import read as read
 from core.models.layouts import LAYOUTS as LAYOUTS
 from core.models.layouts import NESTED, State
 from core.models.layouts.keys import WeightsError as WeightsError
-from core.models.layouts.keys import below
-from core.models.torchscript import is_torchscript, read_torchscript
+from core.models.layouts.keys import below, few
+from core.models.misfit import Try, describe, mismatches
 from core.models.vit import fit_pos_embed
 
-PREFIXES = ("module.", "_orig_mod.")
+# Names of modules that hold another one and nothing else: of torch.compile, of checkpointed and of sharded training.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+PARALLEL, AVERAGED = "module.", "n_averaged"  # of data parallelism, and the counter beside an averaged model
+MOST_NESTED = 4  # dictionaries in each other
 
 
-def unwrap(state: Mapping[str, Any], nested: Sequence[str] = NESTED) -> State:
-    """The tensors of a checkpoint: out of its nested dictionaries, without the prefixes of data parallelism."""
+def unwrap(state: Mapping[str, Any], nested: Sequence[str] = NESTED, depth: int = MOST_NESTED) -> State:
+    """The tensors of a checkpoint: out of its nested dictionaries, without names that training put around the modules'.
+
+    Raises WeightsError for a tensor that is not stored as such, or where two keys become one.
+    """
     for key in nested:
-        if isinstance(state.get(key), Mapping):
-            return unwrap(state[key], nested)
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return unwrap(below(prefix, tensors), nested)
+        inside = state.get(key)
+        if isinstance(inside, Mapping) and depth and (found := unwrap(inside, nested, depth - 1)):
+            return found
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor) and k != AVERAGED}
+    for key, value in tensors.items():
+        _check_stored(key, value)
+    tensors = _renamed(tensors, WRAPPERS, "")
+    while tensors and all(key.startswith(PARALLEL) for key in tensors):
+        tensors = below(PARALLEL, tensors)
     return tensors
+
+
+def _check_stored(key: str, value: Tensor) -> None:
+    plain = value.layout is torch.strided and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise WeightsError(f"weights: {few([key])} is sparse, quantised, or shows more numbers than are stored")
+
+
+def _renamed(tensors: State, pattern: re.Pattern[str], replacement: str) -> State:
+    out: State = {}
+    for key, value in tensors.items():
+        name = pattern.sub(replacement, key)
+        if name in out:
+            raise WeightsError(f"weights: two keys of the file become {few([name])}, one of them {few([key])}")
+        out[name] = value
+    return out
 
 
 def detect(state: Mapping[str, Any]) -> str:
@@ -41,8 +63,10 @@ def detect(state: Mapping[str, Any]) -> str:
     for name, layout in LAYOUTS.items():
         if layout.fits(unwrap(state, layout.nested)):
             return name
+    kinds = sorted({type(value).__name__ for value in state.values()})
     raise WeightsError(
-        f"no weights found below any of {', '.join(NESTED)} or at the top; the keys are: {', '.join(map(str, state))}"
+        f"no weights found below any of {', '.join(NESTED)} or at the top; the keys are: {few(state)}"
+        + (f" (of {few(kinds, 3)}: only torch's tensors are read)" if kinds else "")
     )
 
 
@@ -54,7 +78,12 @@ def to_timm(state: Mapping[str, Any], layout: str | None = None) -> State:
     name = detect(state) if layout is None else layout
     if name not in LAYOUTS:
         raise WeightsError(f"unknown layout {name!r}; known are {', '.join(LAYOUTS)}")
-    return LAYOUTS[name].to_timm(unwrap(state, LAYOUTS[name].nested))
+    try:
+        return LAYOUTS[name].to_timm(unwrap(state, LAYOUTS[name].nested))
+    except WeightsError:
+        raise
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:  # a layout whose marks are there but not the rest
+        raise WeightsError(f"weights look like layout {name} and are not: {few([error])}") from None
 
 
 def load_strict(
@@ -66,29 +95,59 @@ def load_strict(
     projection may have a bias that the file does not.
 
     Raises:
-        WeightsError: lists all missing and unexpected keys and all shapes that differ; the model is left as it was.
+        WeightsError: says what is missing, unexpected or of another shape; the model is left as it was.
+    """
+    model.load_state_dict(fitted(model, state, layout, fit_positions), strict=True)
+
+
+def fitted(model: nn.Module, state: Mapping[str, Any], layout: str | None = None, fit_positions: bool = False) -> State:
+    """What a state dict holds for a model, under its names and in its shapes: `load_strict` without loading.
+
+    Works on shapes alone: the model may be on the meta device, and the tensors without numbers.  Raises WeightsError.
     """
     own = model.state_dict()
-    if layout is None:  # names that are all the model's own need no guess: CNNs have blocks.N.M. as DINOv2's files do
-        layout = "timm" if not _mismatches(own, _given(model, own, state, "timm", fit_positions)) else detect(state)
-    given = _given(model, own, state, layout, fit_positions)
-    problems = _mismatches(own, given)
-    if problems:
-        heading = f"weights (read as layout {layout}) do not fit {type(model).__name__}"
-        raise WeightsError("\n  ".join([heading, *problems]))
-    model.load_state_dict(given, strict=True)
+    for seen in _readings(state):
+        # Names that are all the model's own need no guess: CNNs have blocks.N.M. as DINOv2's files do.
+        for tried in ("timm", detect(seen)) if layout is None else (layout,):
+            try:
+                given = _given(model, own, to_timm(seen, tried), fit_positions)
+            except WeightsError:
+                continue
+            if not mismatches(own, given):
+                return given
+    raise WeightsError(describe(model, own, unwrap(state), _tries(model, own, state, layout, fit_positions)))
 
 
-def _given(
-    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any], layout: str, fit_positions: bool
-) -> State:
-    """What the file holds for the model, read as `layout`."""
-    given = to_timm(state, layout)
+def _readings(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A checkpoint as it is, and without the wrappers of data parallelism around parts of it."""
+    yield state
+    tensors = unwrap(state)
+    if any(f".{PARALLEL}" in key for key in tensors):
+        yield _renamed(tensors, re.compile(r"(?<=\.)module\."), "")
+
+
+def _tries(
+    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Any], layout: str | None, fit_positions: bool
+) -> Iterator[Try]:
+    """The state dict read as each layout whose marks it has, the one that it seems to have first."""
+    marked = [name for name, each in LAYOUTS.items() if each.fits(unwrap(state, each.nested))]
+    for name in [layout] if layout else marked:
+        try:
+            yield name, _given(model, own, to_timm(state, name), fit_positions)
+        except WeightsError as error:
+            yield name, error
+
+
+def _given(model: nn.Module, own: Mapping[str, Tensor], given: State, fit_positions: bool) -> State:
+    """Weights under timm's names without what the model has no part for."""
     if getattr(model, "num_classes", None) == 0:
         given = {key: value for key, value in given.items() if key in own or not key.startswith(_classifiers(model))}
     given |= {key: torch.zeros_like(own[key]) for key in _fixed_biases(model) - given.keys()}
     if fit_positions and isinstance(model, VisionTransformer) and "pos_embed" in own.keys() & given.keys():
-        given["pos_embed"] = fit_pos_embed(model, given["pos_embed"])
+        try:
+            given["pos_embed"] = fit_pos_embed(model, given["pos_embed"])
+        except (IndexError, ValueError, RuntimeError):  # no table at all: its shape is told with the others'
+            return given
     return given
 
 
@@ -101,54 +160,3 @@ def _fixed_biases(model: nn.Module) -> set[str]:
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return ("head.", *(f"{name}." for name in ([named] if isinstance(named, str) else named)))
-
-
-def _mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = [key for key in sorted(own.keys() & given.keys()) if own[key].shape != given[key].shape]
-    problems = [f"missing: {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
-    return problems + [f"{key}: file {tuple(given[key].shape)}, model {tuple(own[key].shape)}" for key in shapes]
-
-
-def _harmless() -> list[Any]:
-    """Plain data that released checkpoints hold beside tensors: argument namespaces and numeric arrays."""
-    core = np._core.multiarray  # type: ignore[attr-defined]
-    numpy_1 = [(core._reconstruct, "numpy.core.multiarray._reconstruct"), (core.scalar, "numpy.core.multiarray.scalar")]
-    numpy_2 = [core._reconstruct, core.scalar, np.ndarray, np.dtype]
-    return [argparse.Namespace, *numpy_1, *numpy_2, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as its file holds it, on the CPU: safetensors, a torch archive of plain data, or TorchScript.
-
-    Raises:
-        WeightsError: no such file, damaged, or it needs pickled objects, which are never run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weight file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path, device="cpu"))
-        if is_torchscript(path):
-            return dict(read_torchscript(path))
-        with torch.serialization.safe_globals(_harmless()):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes make the readers raise nearly anything
-        raise WeightsError(_refusal(path, str(error))) from None
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
-    return state
-
-
-def _refusal(path: Path, reason: str) -> str:
-    found = re.search(r"GLOBAL (\w[\w.]*)", reason)
-    if found is None:
-        return f"{path}: damaged, or neither a safetensors file nor a torch archive; fetch it again or convert it"
-    return (
-        f"{path}: needs an object {found[1]}, and only plain data is read. If you trust the file, convert "
-        "it once where it was made: safetensors.torch.save_file(state, 'weights.safetensors') with its state dict"
-    )

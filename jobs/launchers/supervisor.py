@@ -155,7 +155,8 @@ class Supervisor:
         if found.state is not None:
             why = reason(failure, ranks.log(failure.rank)) if failure else found.reason
             print(why, flush=True)
-            self._move(found.state, attempt, reason=why, rank=failure.rank if failure else None)
+            rank, code = (failure.rank, failure.code) if failure else (None, None)
+            self._move(found.state, attempt, reason=why, rank=rank, code=code)
         return found.code, found.again and not self._leaving.is_set()
 
     def _move(self, state: State, attempt: int, **info: Any) -> None:

@@ -107,7 +107,8 @@ def conclude(
                 text = why(failure) if failure else found.reason
                 print(text, flush=True)
                 rank = failure.rank if failure and failure.rank >= 0 else None
-                run.move(found.state, last.attempt, only_from=last.state, reason=text, rank=rank, again=found.again)
+                run.move(found.state, last.attempt, only_from=last.state, reason=text, rank=rank, again=found.again,
+                         code=failure.code if failure else None)  # fmt: skip
             if not found.again or leaving or not allowed(run, job):
                 return replace(found, again=False)
             run.move(State.QUEUED, last.attempt + 1, only_from=found.state or last.state, **handle)

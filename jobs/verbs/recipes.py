@@ -42,4 +42,4 @@ def plan(settings: Settings) -> int:
     facts = planner.plan(recipe, settings.root(recipe), settings.gpu or "h100", settings.gpus,
                          settings.site().price_per_gpu_hour)  # fmt: skip
     print(json.dumps(facts, indent=1) if settings.json else planner.render(facts))
-    return OK
+    return planner.code(facts)

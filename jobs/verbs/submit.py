@@ -108,12 +108,15 @@ def choose_launcher(settings: Settings, recipe: Recipe) -> Launcher:
 
 
 def ready(recipe: Recipe, root: str, gpus: int, beside: bool = True) -> None:
-    """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, NotReady.
+    """Refuse what cannot work, say what is missing, make and stage what can be.  Raises ConfigError, WeightsError,
+    NotReady.
 
     beside: with what a method reads beside the images.
     """
     preflight.check_networks(recipe)
     inputs.require(recipe, root, gpus)
+    for note in preflight.check_weights(recipe, root):
+        say(note)
     hub.stage(recipe, root, say)
     module = inputs.preparer(recipe)
     if module:
@@ -182,7 +185,7 @@ def _dry(recipe: Recipe, root: str) -> int:
     if not any(what.startswith("evaluate.") for what in facts["missing"]):
         preflight.check_evaluation(recipe, root)
     print("nothing was submitted (DRY=1)")
-    return OK
+    return plan.code(facts)
 
 
 def as_yaml(recipe: Recipe) -> str:

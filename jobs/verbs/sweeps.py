@@ -12,7 +12,7 @@ from typing import Any
 
 from core import small_json
 from core.storage import MissingObject, open_store
-from jobs import spec
+from jobs import preflight, spec
 from jobs.errors import OK, UserError, nearest, redact
 from jobs.follow import follow
 from jobs.launchers import Launcher, Order
@@ -36,6 +36,9 @@ def submit_sweep(settings: Settings) -> int:
     launcher = choose_launcher(settings, recipes[0])
     places = [checked(recipe, root, launcher) for recipe in recipes]
     if settings.dry:
+        for recipe in {repr((r.teachers, r.student, r.stages, r.train.img_size)): r for r in recipes}.values():
+            for note in preflight.check_weights(recipe, root):
+                say(note)
         say("\n".join(f"{run_id}  {' '.join(member)}" for run_id, member in zip(ids, members, strict=True)))
         say("nothing was submitted (DRY=1)")
         return OK

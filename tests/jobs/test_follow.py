@@ -105,6 +105,13 @@ def test_the_exit_code_says_how_the_run_ended(new_run: Callable[..., Run], end: 
     assert follow(run, 1, Local()) == code
 
 
+def test_a_run_that_its_ranks_refused_ends_with_their_code(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.move(State.QUEUED, 1)
+    run.move(State.FAILED, code=2)
+    assert follow(run, 1, Local()) == 2
+
+
 def test_a_pause_of_the_store_is_sat_out(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,6 +217,13 @@ def test_a_lost_run_is_taken_up_again(
     assert [t.info["reason"][:4] for t in run.transitions() if t.state == State.PREEMPTED] == ["lost"]
 
 
+def test_a_run_whose_input_its_ranks_refuse_ends_with_their_code(
+    command: Command, tiny_recipe: Path, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("wrong_input")
+    assert command("submit", str(tiny_recipe))[0] == 2
+
+
 def test_resume_refuses_what_would_be_another_run(
     command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
 ) -> None:

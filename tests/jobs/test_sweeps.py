@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from core.storage import open_store
 from jobs import cli
@@ -76,6 +78,13 @@ def test_a_dry_sweep_says_which_runs_it_would_make(sweep: Sweep, root: str) -> N
     assert code == 0
     assert len(re.findall(r"tiny-\w+  train.lr=[12]e-3", out)) == 2
     assert Run.list(root) == []
+
+
+def test_a_dry_sweep_refuses_weights_that_do_not_fit(sweep: Sweep, root: str) -> None:
+    open_store(root).put("w.safetensors", save({"w": torch.ones(1)}))
+    code, _, error = sweep("train.lr=1e-3,2e-3", "--dry", "--set", "student.weights=store:w.safetensors")
+    assert code == 2
+    assert "w.safetensors: weights (read as layout timm) do not fit" in error
 
 
 def test_values_that_make_no_difference_are_refused(sweep: Sweep, root: str) -> None:

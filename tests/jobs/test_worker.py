@@ -9,11 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import save
 
-from core.storage import StoreError
+from core.config import load, to_yaml
+from core.registry import complete
+from core.storage import StoreError, open_store
 from jobs.heartbeat import Heartbeat
+from jobs.launchers.ranks import free_port, rank_environment
+from jobs.placement import Placement
 from jobs.record import Run, State
 from jobs.spec import REPOSITORY
 from jobs.worker import Stop
@@ -44,6 +52,27 @@ def test_a_rank_that_cannot_start_says_why_in_one_line(root: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: run 'demo-1' is not in")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_rank_that_refuses_weights_ends_with_2_and_a_short_message(
+    new_run: MakeRun, root: str, tiny_recipe: Path
+) -> None:
+    """Such as were put in the place of those that fitted when the run was queued."""
+    weights = {f"blocks.{i}.x": torch.ones(1) for i in range(500)}
+    open_store(root).put("w.safetensors", save(weights))
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["teachers"]["big"]["weights"] = "store:w.safetensors"
+    recipe["launch"]["ranks"] = 1
+    tiny_recipe.write_text(yaml.safe_dump(recipe))
+    run = queued(new_run("tiny-1", to_yaml(complete(load(str(tiny_recipe))))))
+    env = {**os.environ, **rank_environment(0, Placement(1, "cpu", 1), free_port())}
+    command = [sys.executable, "-m", "jobs.worker", "--run", run.id, "--store", root, "--attempt", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith(f"error: {root}/w.safetensors: weights (read as layout timm) do not fit VisionTransformer")
+    assert len(error) < 1500
+    assert open_store(root).size("w.safetensors.sha256") is None, "so that the right file may take its place"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

@@ -6,14 +6,16 @@ All functions take parts of a state dict as well (gradients, a selection of tens
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
 State = dict[str, Tensor]
 # Where upstream projects put the weights, in order of preference: of a self-distilled pair the teacher is published.
-NESTED = ("teacher", "state_dict", "model")
+NESTED = ("teacher", "state_dict", "model", "module", "model_state_dict")
+MOST_KEYS, LONGEST_KEY = 10, 100  # of a message
 
 
 class WeightsError(RuntimeError):
@@ -30,6 +32,18 @@ class Layout:
     fits: Callable[[State], bool]
     to_timm: Callable[[State], State]
     nested: tuple[str, ...] = NESTED
+
+
+def few(keys: Iterable[object], most: int = MOST_KEYS) -> str:
+    """The first keys, and how many more there are."""
+    keys = list(keys)
+    shown = ", ".join(_shown(str(key)) for key in islice(keys, most))
+    return f"{shown} and {len(keys) - most} more" if len(keys) > most else shown
+
+
+def _shown(key: str) -> str:
+    key = key if key.isprintable() else ascii(key)
+    return key if len(key) <= LONGEST_KEY else f"{key[:LONGEST_KEY]}..."
 
 
 def same(state: State) -> State:
@@ -58,7 +72,7 @@ def tower(prefix: str, state: State, beside: str) -> State:
     """
     rest = [key for key in state if not key.startswith(prefix) and not re.match(beside, key)]
     if rest:
-        raise WeightsError(f"weights below {prefix!r} come with keys that are not known: {', '.join(sorted(rest))}")
+        raise WeightsError(f"weights below {prefix!r} come with keys that are not known: {few(sorted(rest))}")
     return below(prefix, state)
 
 

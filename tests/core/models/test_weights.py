@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from core.models.weights import WeightsError, detect, load_strict, read, to_timm
+from core.models.weights import WeightsError, detect, fitted, load_strict, read, to_timm
 
 torch.set_num_threads(1)
 
@@ -278,3 +279,89 @@ def test_a_file_with_a_network_s_own_names_is_read_as_such(name: str) -> None:
     assert all(value.eq(2).all() for value in model.state_dict().values())
     classes = timm.create_model(name, pretrained=False, num_classes=7).state_dict()
     load_strict(model, {"state_dict": {f"module.{key}": value for key, value in classes.items()}})
+
+
+# ---- wrappings
+
+
+def inside(wrapper: str) -> Any:
+    """A name of a module around each block's own."""
+    return lambda s: {re.sub(r"^(blocks\.\d+)\.", rf"\1.{wrapper}.", key): value for key, value in s.items()}
+
+
+WRAPPED: dict[str, Any] = {
+    "model_state_dict": lambda s: {"epoch": 3, "model_state_dict": s, "loss": torch.tensor(1.5)},
+    "module": lambda s: {"module": s, "ds_version": "0.1"},
+    "compiled blocks": inside("_orig_mod"),
+    "checkpointed blocks": inside("_checkpoint_wrapped_module"),
+    "blocks of data parallelism": inside("module"),
+    "sharded": lambda s: prefixed("_fsdp_wrapped_module.", inside("_fsdp_wrapped_module")(s)),
+    "compiled and parallel": lambda s: prefixed("module._orig_mod.", s),
+    "parallel and compiled": lambda s: prefixed("_orig_mod.module.", s),
+    "averaged": lambda s: {"n_averaged": torch.tensor(7), **prefixed("module.", s)},
+    "two names of containers": lambda s: {"teacher": {"name": "dinov2"}, "model": s},
+    "dino in data parallelism": lambda s: {"teacher": prefixed("backbone.module.", s) | {"head.w": torch.ones(1)}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_what_training_puts_around_weights_is_taken_off(wrapping: str) -> None:
+    state = tiny(seed=1, num_classes=0).state_dict()
+    model = tiny(seed=2, num_classes=0)
+    load_strict(model, WRAPPED[wrapping](state))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_two_keys_that_become_one_are_refused() -> None:
+    with pytest.raises(WeightsError, match="two keys of the file become a, one of them _orig_mod.a"):
+        to_timm({"a": torch.ones(1), "_orig_mod.a": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda s: prefixed("model.", s), "30 of the network's 30 names lie below 'model.': save what is below"),
+        (lambda s: prefixed("backbone.", s) | {"projection_head.w": torch.ones(1)}, "not known: projection_head.w\n"),
+        (lambda s: prefixed("a.", s) | prefixed("b.", s), "names lie below 'a.'"),
+        (lambda s: {f"net.layer{i}": value for i, value in enumerate(s.values())}, "all its keys begin with 'net.'"),
+        (lambda s: {k: v[..., None] for k, v in s.items()}, "and 20 more of other shapes"),
+        (lambda s: {"x" * 9000 + "\x1b[31m": torch.ones(1)}, r"unexpected: 'x+\.\.\."),
+    ],
+)
+def test_a_misfit_is_told_in_one_short_message_with_ten_keys_at_most(wrap: Any, said: str) -> None:
+    own = tiny(num_classes=0).state_dict()
+    state = wrap(dict(own))
+    with pytest.raises(WeightsError, match=said) as caught:
+        load_strict(tiny(num_classes=0), state)
+    text = str(caught.value)
+    assert text.startswith("weights (read as layout ")
+    assert len(text) < 1500
+    assert "\x1b" not in text
+    assert sum(word.rstrip(".") in own.keys() | state.keys() for word in re.findall(r"[\w.]+", text)) <= 10
+
+
+def test_the_layout_that_comes_nearest_is_named() -> None:
+    state = chunked(without_head(tiny().state_dict())) | {"mask_token": torch.zeros(1, 24), "more": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"read as layout dinov2\) do not fit \w+\n  unexpected: more$"):
+        load_strict(tiny(num_classes=0), state)
+
+
+@pytest.mark.parametrize("beside", [{}, {"cls_token": torch.ones(3), "pos_embed": torch.ones(())}])
+def test_marks_of_a_layout_without_the_rest_are_no_bug(beside: State) -> None:
+    with pytest.raises(WeightsError, match="look like layout dinov2 and are not"):
+        load_strict(tiny(num_classes=0), {"register_tokens": torch.ones(1, 4, 24), **beside})
+
+
+def test_keys_of_a_file_without_tensors_are_few_and_told_what_they_are() -> None:
+    with pytest.raises(WeightsError, match=r"k9 and 490 more \(of ndarray: only torch's tensors are read\)"):
+        detect({f"k{i}": np.ones(2) for i in range(500)})
+
+
+def test_a_fit_is_told_from_shapes_alone() -> None:
+    with torch.device("meta"):
+        model = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=0)
+        state = chunked(without_head(model.state_dict()))
+    assert fitted(model, state).keys() == model.state_dict().keys()
+    with pytest.raises(WeightsError, match=r"pos_embed: file \(1, 10, 24\), model \(1, 17, 24\)"):
+        fitted(model, state | {"pos_embed": torch.empty(1, 10, 24, device="meta")})
+    assert fitted(model, state | {"pos_embed": torch.empty(1, 10, 24, device="meta")}, fit_positions=True)
