@@ -29,7 +29,7 @@ def resize_pos_embed(
     offset: float | None = RELEASED_OFFSET,
     antialias: bool = False,
 ) -> Tensor:
-    """Bicubic resampling of a position table to another grid, in float32 or wider.
+    """Bicubic resampling of a position table to another grid, in float32 or wider; a table of that grid stays as it is.
 
     Args:
         table_1ND: (1, num_prefix + h*w, D); the first `num_prefix` rows belong to tokens without a place and stay.
@@ -40,6 +40,8 @@ def resize_pos_embed(
     Returns:
         (1, num_prefix + grid rows * columns, D) in the table's dtype.
     """
+    if tuple(grid) == tuple(old_grid):
+        return table_1ND
     prefix, places = table_1ND[:, :num_prefix], table_1ND[:, num_prefix:]
     image = places.to(torch.promote_types(places.dtype, torch.float32)).reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if offset is None:
@@ -55,10 +57,7 @@ def resize_pos_embed(
 def pos_embed_for(vit: VisionTransformer, grid: tuple[int, int], offset: float | None = RELEASED_OFFSET) -> Tensor:
     """The model's position table for a grid of patches: itself where the grids agree, else resampled."""
     native: tuple[int, int] = tuple(vit.patch_embed.grid_size)
-    table = cast(Tensor, vit.pos_embed)
-    if tuple(grid) == native:
-        return table
-    return resize_pos_embed(table, native, grid, placeless(vit), offset)
+    return resize_pos_embed(cast(Tensor, vit.pos_embed), native, grid, placeless(vit), offset)
 
 
 def placeless(vit: VisionTransformer) -> int:

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from core.data.features import TsvFeatures, place_of_texts
-from core.data.pillow import NORMS, crop_pil, eval_pil, resize_pil, standardised
+from core.data.pillow import crop_pil, eval_pil, resize_pil, standardised
 from core.data.seeded import seeded_boxes, seeded_crop
 from core.data.sentences import CorruptText, candidates, sentence
 from core.data.source import DataError
 from core.data.tsv import ROLES, Table, format_index, open_tables, route, row_offsets
 from core.data.tsv_source import open_tsv_source
 from core.folder import FileStore
+from tests.golden.networks import norm_of
 from tests.golden.runner import Case, Check
 
 Checks = Iterator[Check]
@@ -32,18 +33,12 @@ def crop_boxes(case: Case) -> Checks:
     yield "boxes", boxes, case["boxes"], 0.0
 
 
-def _norm(case: Case) -> str:
-    """The product's name of a case's mean and deviation."""
-    wanted = [*case["mean"], *case["std"]]
-    return next(name for name, (mean, std) in NORMS.items() if np.allclose([*mean, *std], wanted, atol=1e-9))
-
-
 def _numbers(case: Case, prefix: str) -> list[str]:
     return [key.removeprefix(prefix) for key in case if key.startswith(prefix)]
 
 
 def transform_train(case: Case) -> Checks:
-    norm = _norm(case)
+    norm = norm_of(case)
     for k in _numbers(case, "image_"):
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
         short = resize_pil(image, [SHORT])
@@ -68,7 +63,7 @@ def _pixels(name: str, got: Any, case: Case, levels: int) -> Checks:
 
 
 def eval_transform(case: Case) -> Checks:
-    norm = _norm(case)
+    norm = norm_of(case)
     for k in _numbers(case, "image_"):
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
         found = {

@@ -6,19 +6,49 @@ Every other result must be compared with what the product computes, or the case 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Of names of arrays, by method: those that are results. Methods that do not mark their results name their inputs.
 RESULTS = {
     "unic": r"out\..*",
+    "proteus": r"(o|g|w|ema|final|norm)/.*|(out|out_cls|neck_out|inter_.*|probs|top1)(_\d.*)?|lr_used.*|best_.*"
+               r"|.*_(out|idx|score|scores)|cls(_masked)?|patch_tokens.*|prenorm|no_decay.*|decay_shapes|frozen|optimizer"
+               r"|in_dims|losses|lr|wd|lr_history|values|n_valid|ap|map|loss|grad|missing|unexpected|converted_keys"
+               r"|n_masked|pos_embed_resized|indices|num_selected|num_samples|masks_weight|upperbound|scaled_lr"
+               r"|mask_indices",
 }
+# Any other method's, until it says more.
 ANY_METHOD = r"(out|o|g|w|ema|final|grad|expected)([./_].*)?|ref_.+"
 
+
+
+class Left(NamedTuple):
+    """Why arrays are not compared, and in which cases."""
+
+    why: str
+    when: Callable[[Any], bool] = lambda case: True
+
+
+def _no_weight(*places: int) -> Callable[[Any], bool]:
+    """Of Proteus: no term that these entries of `lambdas` (token, feature, patch) weigh is part of the loss."""
+    return lambda case: not any(case["lambdas"][place] for place in places)
+
+
+RELEASE_ALONE = "the product makes no head of weight 0 and no mask token for it; the release decays theirs unused"
+
 # Method -> pattern of names -> why these are not compared.
-LEFT_OUT: dict[str, dict[str, str]] = {
+LEFT_OUT: dict[str, dict[str, Left]] = {
     "unic": {
-        r"in\.draws.*": "the draws of in.u once more, in the order in which the release's loop consumes them",
-        r"in\.test_labels": "of images whose predictions are compared; no score of them is recorded",
-        r"out\.final\.encoder\.mask_token": "in no student of the product: the release never uses nor moves it",
+        r"in\.draws.*": Left("the draws of in.u once more, in the order in which the release's loop consumes them"),
+        r"in\.test_labels": Left("of images whose predictions are compared; no score of them is recorded"),
+        r"out\.final\.encoder\.mask_token": Left("in no student of the product: the release neither uses nor moves it"),
+    },
+    "proteus": {
+        r"y_(train|val)": Left("of a fit of unknown strength whose scores are recorded", lambda case: "scores" in case),
+        r"w/patch_head\..*|(w/student\.backbone|ema)[./]mask_token": Left(RELEASE_ALONE, _no_weight(2)),
+        r"w/fea_head\..*": Left(RELEASE_ALONE, _no_weight(1)),
+        r"w/token_head\..*": Left(RELEASE_ALONE, _no_weight(0, 1)),
     },
 }
 
@@ -30,5 +60,6 @@ def is_result(method: str, name: str) -> bool:
     return bool(re.fullmatch(RESULTS.get(method, ANY_METHOD), name))
 
 
-def left_out(method: str, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in LEFT_OUT.get(method, {}))
+def left_out(method: str, name: str, case: Any) -> bool:
+    table = LEFT_OUT.get(method, {})
+    return any(re.fullmatch(pattern, name) and left.when(case) for pattern, left in table.items())
