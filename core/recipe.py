@@ -160,6 +160,7 @@ class Evaluate:
 @dataclass
 class Recipe:
     schema: int = SCHEMA
+    numerics: int = 0  # changes of core.numerics that it was resolved after; not set by hand
     name: str = ""
     about: About = field(default_factory=About)
     seed: int = 22

@@ -73,17 +73,17 @@ def checks(case: Case, found: Arrays, tolerance: float) -> list[Check]:
     return out
 
 
-def _run(case: Case, stage: int | None, micros: int) -> Arrays:
-    """One rank: all steps of the case. stage: of ZeRO, or None for plain float64; micros: parts of a batch."""
-    comm, dtype = Comm(torch.device("cpu")), torch.float64 if stage is None else torch.float32
+def _run(case: Case, zero: int | None, micros: int) -> Arrays:
+    """One rank: all steps of the case. zero: stage of ZeRO, or None for plain float64; micros: parts of a batch."""
+    comm, dtype = Comm(torch.device("cpu")), torch.float64 if zero is None else torch.float32
     per_epoch, size = case["images"].shape[:2]
     method, module, student = _build(case, per_epoch, size, size // micros)
     module = module.to(dtype)
     load_strict(student, {name: value.to(dtype) for name, value in start(case).items()})
     groups = method.param_groups(module)
     engine: Engine | PlainEngine = PlainEngine(module, groups, method.settings, comm, method.per_parameter_clip)
-    if stage is not None:
-        engine = Engine(module, groups, method.settings, zero_stage=stage, world=comm.world,
+    if zero is not None:
+        engine = Engine(module, groups, method.settings, zero_stage=zero, world=comm.world,
                         per_parameter_clip=method.per_parameter_clip, device=comm.device)  # fmt: skip
     engine.train(True)
 
@@ -98,7 +98,8 @@ def _run(case: Case, stage: int | None, micros: int) -> Arrays:
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for step in range(method.steps):
         own: Any = range(comm.rank * share, (comm.rank + 1) * share)
-        loss, report = coupled.backward(_stage(engine, method, partial(batch, *divmod(step, per_epoch))), step, own)
+        stage = _stage(engine, comm, method, partial(batch, *divmod(step, per_epoch)))
+        loss, report = coupled.backward(stage, step, own)
         engine.step(partial(method.lr, step))
         values = (loss, *(report[f"loss/{name}"] for name in ("vl", "pvl", "udist")), method.lr(step, 1.0))
         for name, value in zip(COLUMNS, values, strict=True):
@@ -106,9 +107,9 @@ def _run(case: Case, stage: int | None, micros: int) -> Arrays:
     return {name: np.array(values) for name, values in found.items()} | _final(case, engine, comm)
 
 
-def _stage(engine: Any, method: DimeFm, batch: Callable[[int], Batch]) -> Any:
+def _stage(engine: Any, comm: Comm, method: DimeFm, batch: Callable[[int], Batch]) -> Any:
     """What the coupled loss asks of a stage."""
-    return SimpleNamespace(engine=engine, comm=engine.comm, method=method, batch=batch,
+    return SimpleNamespace(engine=engine, comm=comm, method=method, batch=batch,
                            targets=partial(method.targets, {}), seed_network=lambda step, micro: None)  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def _shared_loss(case: Case, micros: int) -> tuple[Arrays, set[str]]:
         return Batch({}, rows, micro=micro, extra={IMAGE: image[rows], TEXT: text[rows]})
 
     own: Any = range(comm.rank * micros, (comm.rank + 1) * micros)
-    total, report = coupled.backward(_stage(engine, method, batch), 0, own)
+    total, report = coupled.backward(_stage(engine, comm, method, batch), 0, own)
     assert module.vectors.grad is not None
     found = {"total": total, "grad_student": comm.mean(module.vectors.grad)}
     found |= {name.removeprefix("loss/"): value for name, value in report.items()}
