@@ -382,14 +382,3 @@ UNITS: dict[str, Unit] = {
     )},
     "zeroshot": elsewhere("dime_fm_evaluation", "zero_shot"),
 }  # fmt: skip
-KNOWN = ("student_img", "sorted_param_keys", "lr_used_at_step", "all_names_in_order", "swin_t", "x1", "texts",
-         "param_keys_sorted", "boxes", "center_stride8_0", "torch_seed_of_image", "tsv_0", "image_chunk_sizes",
-         "dataroot", "multilabel", "visited_lr_wd_score", "multiclass_labels", "init_text_weights", "text_embeddings",
-         "distilled_model")  # fmt: skip
-
-
-def claims(case: Case) -> bool:
-    items = case.get("items", [])
-    streams = any(re.fullmatch(r"img\d+_txt\d+", key) for key in case)
-    decoded = bool(items) and isinstance(items, list) and "payload" in items[0]
-    return streams or decoded or any(key in case for key in KNOWN)

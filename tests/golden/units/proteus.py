@@ -322,18 +322,3 @@ UNITS: dict[str, Unit] = {
     "train_steps": train_steps,
     **evaluation.UNITS,
 }
-
-
-def claims(case: Case) -> bool:
-    """Names without dots, but with one of these."""
-    known: tuple[Callable[[str], bool], ...] = (
-        lambda key: key.startswith(("p/", "init/", "step0/")),
-        lambda key: key in KNOWN,
-    )
-    return any(test(key) for key in case for test in known)
-
-
-KNOWN = {
-    "pos_embed", "upperbound", "dataset_len", "sample_count", "no_decay", "lr_used", "ab", "base_wd", "warmup_iters",
-    "pred", "kind", "C_grid", "val_idx", "resize", "x_val", "train_features",
-}  # fmt: skip
