@@ -14,6 +14,7 @@ from core import checkpoint, retention
 from core.config import ConfigError, fingerprint, from_yaml
 from core.models.students import build_arguments
 from core.models.students import create as create_model
+from core.models.variants import own_arguments
 from core.models.weights import load_strict
 from core.recipe import Recipe
 from core.registry import create
@@ -47,7 +48,15 @@ def load_student(run: Store) -> tuple[nn.Module, dict[str, Any], int]:
 
 
 def export_timm(run: Store) -> list[str]:
-    """model.safetensors, config.json (arguments of create_model), README.md under export/.  Returns their addresses."""
+    """model.safetensors, config.json (arguments of create_model), README.md under export/.  Returns their addresses.
+
+    Raises ConfigError for a network that timm alone cannot build.
+    """
+    student = read_recipe(run).student
+    if own := [f"student.args.{key}" for key in own_arguments(student.name, student.args) if key != "norm_eps"]:
+        raise ConfigError(
+            f"{own[0]}: timm has no such {student.name}; a stage or a recipe takes these weights as run:<id>"
+        )
     model, arguments, size = load_student(run)
     weights = {k: v.detach().to(torch.float32).contiguous() for k, v in model.state_dict().items()}
     files = {

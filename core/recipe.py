@@ -32,7 +32,7 @@ class Method:
 @dataclass
 class Student:
     name: str = "vit_base_patch16_224"  # any timm model, or a name of `make teachers`
-    args: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model, and norm_eps
+    args: dict[str, Any] = field(default_factory=dict)  # for timm.create_model, and core.models.variants
     drop_path: float = 0.0
     weights: str = ""  # "" = from scratch; else as Teacher.weights
 

@@ -17,6 +17,7 @@ from core.data.udi_geometry import (
     fitting_boxes,
     log_range,
     match,
+    placed,
     pull,
     reference,
     stratified,
@@ -91,10 +92,7 @@ class LinkedCrops:
         """Boxes (B, 4) from 10 areas, 10 ratios and a place."""
         area = between(draws[:, :ATTEMPTS], *scale)
         ratio = between(draws[:, ATTEMPTS : 2 * ATTEMPTS], *log_range(RATIO))
-        shape, fitted = fitting_boxes(area, ratio, sizes, RATIO)
-        place = np.where(fitted[:, None], draws[:, 2 * ATTEMPTS : 2 * ATTEMPTS + 2], 0.5)
-        corner = np.floor(place * (sizes - shape + fitted[:, None])).astype(np.int64)
-        return np.concatenate([corner, shape], axis=1)
+        return placed(*fitting_boxes(area, ratio, sizes, RATIO), sizes, draws[:, 2 * ATTEMPTS : 2 * ATTEMPTS + 2])
 
     def _region(self, edges: dict[str, Floats]) -> Floats:
         """What the next crop is pulled towards: crop A, then both large ones."""

@@ -37,6 +37,13 @@ def fitting_boxes(
     return np.where(any_fits[:, None], chosen, np.stack([tallest, widest], axis=1)), any_fits
 
 
+def placed(shape: Ints, fitted: Bools, sizes: Ints, unit: NDArray[np.float64]) -> Ints:
+    """Boxes (B, 4) of a height and width (B, 2) at a place drawn from [0, 1)^2, in the middle where nothing fitted."""
+    room = sizes - shape
+    drawn = np.minimum(np.floor(unit * (room + 1)).astype(np.int64), room)
+    return np.concatenate([np.where(fitted[:, None], drawn, room // 2), shape], axis=1)
+
+
 def corners(boxes: Ints, sizes: Ints, flips: Bools | None = None) -> Floats:
     """Boxes (B, 4) top, left, height, width -> corners (B, 4).  flips: (B, 2) upside down, mirrored."""
     top, left, h, w = boxes.T
@@ -67,7 +74,8 @@ def pull(boxes: Ints, reference_B4: Floats, sizes: Ints, released_slip: bool) ->
 
     Per axis: a box apart from the region moves by the gap and half of the smaller side; one that overlaps by at most
     half of the smaller side moves by that half; then it is clamped to the image. With `released_slip`, the horizontal
-    extent begins at the box's row instead of its column, as in the released code.
+    extent begins at the box's row instead of its column, as in the released code: it then may seem too little to a box
+    in the region's middle as well, which stays where both centres coincide.
     """
     region = np.rint(upright(reference_B4) * np.tile(sizes - 1, 2).astype(np.float64)).astype(np.int64)
     out = boxes.copy()
@@ -78,7 +86,7 @@ def pull(boxes: Ints, reference_B4: Floats, sizes: Ints, released_slip: bool) ->
         gap = extent - side - (high - low)
         half = np.minimum(side, high - low) // 2
         shift = np.where(gap >= -half, np.maximum(gap, 0) + half, 0)
-        towards = np.where(2 * start + side < low + high, 1, -1)
+        towards = np.sign(low + high - (2 * start + side - 1))  # between centres, in half pixels
         out[:, axis] = np.clip(start + towards * shift, 0, sizes[:, axis] - side)
     return out
 

@@ -31,6 +31,7 @@ class FdOptions:
     """Defaults are those of the released 300-epoch configurations."""
 
     beta: float = 2.0  # error at which the loss turns from a parabola into a line
+    whiten_eps: float = WHITEN_EPS  # added to the variance of a teacher's token
     scale: tuple[float, float] = (0.08, 1.0)  # of the random crops
     warmup_lr: float = 5e-7  # where the warm-up starts; scaled with the batch as train.lr and train.min_lr are
     tokens: str = "all"  # all: class token and patches | patch: patches only, for networks without a class token
@@ -103,10 +104,11 @@ class Fd(Method):
             raise ConfigError(
                 f"method.options: tokens is all or patch, init released or timm; got {o.tokens}, {o.init}"
             )
-        if not (o.beta > 0 and 0 < o.scale[0] <= o.scale[1] <= 1 and o.accumulation > 0 and o.leftover >= 0):
+        positive = min(o.whiten_eps, o.beta, o.accumulation) > 0
+        if not (positive and 0 < o.scale[0] <= o.scale[1] <= 1 and o.leftover >= 0):
             raise ConfigError(
-                f"method.options: beta and accumulation must be above 0 and scale within 0..1, got {o.beta}, "
-                f"{o.accumulation}, {o.scale}"
+                f"method.options: whiten_eps, beta and accumulation must be above 0 and scale within 0..1, got "
+                f"{o.whiten_eps}, {o.beta}, {o.accumulation}, {o.scale}"
             )
         if self.settings.lr <= 0:
             raise ConfigError("train.lr: 0 would learn nothing")
@@ -152,7 +154,7 @@ class Fd(Method):
             tokens = resize_tokens(features[name].patch, self._grids[name], self._grid)
             if self._with_cls:
                 tokens = torch.cat([_class_token(name, features[name]), tokens], dim=1)
-            out.append(whiten(tokens))
+            out.append(whiten(tokens, self.options.whiten_eps))
         return out
 
     def losses(self, outputs: list[Tensor], targets: list[Tensor], batch: Batch) -> tuple[Tensor, Report]:

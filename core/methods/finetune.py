@@ -68,7 +68,10 @@ def own_tables(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
 
 
 def _grid(table_RH: Tensor) -> tuple[int, int]:
-    side = (math.isqrt(len(table_RH) - CLS_ROWS) + 1) // 2
+    """Of a table with rows for the class token or without: places are odd squares, and never 3 apart."""
+    places = len(table_RH)
+    places -= CLS_ROWS if math.isqrt(places) ** 2 != places else 0
+    side = (math.isqrt(places) + 1) // 2
     return side, side
 
 

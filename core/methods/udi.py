@@ -48,7 +48,8 @@ class UdiOptions:
     window: int = 3  # tokens along a side of a sampling window
     local_window: int = 2
     srs_heads: int = 0  # of the sampled attention; 0 = as many as the student's
-    hidden: int = 2048
+    hidden: int = 2048  # width of the head's inner layers
+    layers: int = 3  # of the head, in front of the last one
     bottleneck: int = 256
     out: int = 65536
     norm_last_layer: bool = False  # keep the gains of the last layer at 1
@@ -87,9 +88,14 @@ class UdiModel(nn.Module):
 
     @torch.no_grad()
     def teach(self, batch: Batch, alpha: float) -> Rows:
-        """Logits of `core.losses_udi.combine`, from one pass over the large crops in swapped order."""
+        """Logits of `core.losses_udi.combine`: the last layer is linear, so that bottlenecks are combined first."""
+        return project(combine(*self.read(batch), alpha), cast(ProjectionHead, self.head[0]).last_layer)
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Bottlenecks and weights that `combine` takes, from one pass over the large crops in swapped order."""
         head = cast(ProjectionHead, self.head[0])
-        dtype = cast(nn.Linear, head.mlp[0]).weight.dtype
+        dtype = next(head.mlp.parameters()).dtype
         large = torch.cat([batch.views[name] for name in reversed(GLOBALS)]).to(dtype)
         extra, tokens = batch.extra, self._tokens(large)
         maps, w_local = _by_view(dense_maps(extra["target"], extra["weight"], tokens)), None
@@ -104,9 +110,7 @@ class UdiModel(nn.Module):
         if w_local is not None:
             shape = (*every.shape[:2], len(w_local), -1, every.shape[-1])
             local = every[:, :, positions:].reshape(shape).permute(2, 0, 1, 3, 4)
-        weight = extra["weight"].sum(-1).transpose(0, 1)
-        rows = combine(cls, patch, local, weight, w_local, alpha)
-        return project(rows, head.last_layer)
+        return cls, patch, local, extra["weight"].sum(-1).transpose(0, 1), w_local
 
     def _tokens(self, images: Tensor) -> int:
         patch_h, patch_w = self.backbone.backbone.patch_embed.patch_size
@@ -156,6 +160,8 @@ class Udi(Method):
             raise ConfigError(f"method.options.{wrong[0]}: must lie in 0..1, got {shares[wrong[0]]}")
         if min(o.student_temperature, *o.temperature) <= 0 or o.local_crops < 0:
             raise ConfigError("method.options: temperatures must be above 0, and local_crops at least 0")
+        if o.layers < 1:
+            raise ConfigError(f"method.options.layers: the head has at least one layer, got {o.layers}")
         if self.settings.lr == 0:
             raise ConfigError("train.lr: 0 would learn nothing")
 
@@ -219,13 +225,16 @@ class Udi(Method):
 
     def losses(self, outputs: Rows, targets: Rows, batch: Batch) -> tuple[Tensor, Report]:
         o = self.options
-        temperature = warmup_temperature(batch.epoch, *o.temperature, o.temperature_epochs)
         # The running centre moves far in the first steps; held-out losses before and after must not differ by that.
         center = self.centre.center if batch.training else targets["means"]
         return udi_loss(
-            outputs, targets, batch.extra["valid"].transpose(0, 1), center, temperature=temperature,
+            outputs, targets, batch.extra["valid"].transpose(0, 1), center, temperature=self.temperature(batch.epoch),
             student_temperature=o.student_temperature, weights=o.weights,
         )  # fmt: skip
+
+    def temperature(self, epoch: int) -> float:
+        """Of the teacher."""
+        return warmup_temperature(epoch, *self.options.temperature, self.options.temperature_epochs)
 
     @torch.no_grad()
     def after_step(self, step: int, comm: Comm) -> Report:
@@ -281,7 +290,7 @@ class Udi(Method):
 
     def _head(self, info: Info) -> ProjectionHead:
         o = self.options
-        return ProjectionHead(info.dim, o.hidden, o.bottleneck, o.out, not o.norm_last_layer)
+        return ProjectionHead(info.dim, o.hidden, o.bottleneck, o.out, not o.norm_last_layer, o.layers)
 
 
 METHOD = Udi

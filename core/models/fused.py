@@ -7,6 +7,7 @@ the precision of buffers, which an engine may leave in float32.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import timm.models.beit as beit
 import timm.models.swin_transformer_v2 as swin
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.models.rel_pos import SharedBias, relative_bias, relative_index
+from core.models.rel_pos import SharedBias, index_for, relative_bias
 
 MOST_SCALE = math.log(100.0)  # of cosine attention
 SIGMOID_SCALE = 16.0  # biases of SwinV2 lie between 0 and this
@@ -57,7 +58,8 @@ class BiasedAttention(_Fused):
         self.relative_position_bias_table = own.relative_position_bias_table
         if own.window_size is not None:
             rows, columns = own.window_size
-            self.register_buffer("index", relative_index((rows, columns)).to(own.qkv.weight.device), persistent=False)
+            index = index_for(own.relative_position_bias_table, (rows, columns))
+            self.register_buffer("index", index, persistent=False)
 
     def own_bias(self) -> Tensor | None:
         """(H, N, N) of this block's table, if it has one."""
@@ -74,19 +76,39 @@ class BiasedAttention(_Fused):
         return self.join(F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=self.scale))
 
 
+class StageBias(nn.Module):
+    """One network of offsets for all windows of a SwinV2's stage. forward: () -> 16 sigmoid(MLP(offset)) (H, N, N)."""
+
+    def __init__(self, own: swin.WindowAttention) -> None:
+        super().__init__()
+        self.cpb_mlp = own.cpb_mlp
+        self.register_buffer("relative_coords_table", own.get_buffer("relative_coords_table"), persistent=False)
+        self.register_buffer("index", own.get_buffer("relative_position_index"), persistent=False)
+
+    def forward(self) -> Tensor:
+        coords = self.get_buffer("relative_coords_table").flatten(0, 2)
+        return _offset_bias(self.cpb_mlp, coords, self.get_buffer("index"))
+
+
 class CosineAttention(_Fused):
     """SwinV2's: cosines of queries and keys times a learnt scale, plus 16 sigmoid(MLP(offset)); in float32 or wider."""
 
-    def __init__(self, own: swin.WindowAttention) -> None:
+    def __init__(self, own: swin.WindowAttention, shared: StageBias | None = None) -> None:
+        """shared: the stage's biases, where the block has none of its own."""
         super().__init__(own)
-        self.logit_scale, self.cpb_mlp = own.logit_scale, own.cpb_mlp
-        self.register_buffer("coords", own.get_buffer("relative_coords_table").flatten(0, 2), persistent=False)
-        self.register_buffer("index", own.get_buffer("relative_position_index"), persistent=False)
+        self.logit_scale = own.logit_scale
+        self.shared = (shared,)  # in a tuple, as its weights belong to the stage
+        if shared is None:
+            self.cpb_mlp = own.cpb_mlp
+            self.register_buffer("coords", own.get_buffer("relative_coords_table").flatten(0, 2), persistent=False)
+            self.register_buffer("index", own.get_buffer("relative_position_index"), persistent=False)
 
     def bias(self) -> Tensor:
         """(H, N, N) of the window's offsets."""
-        table = self.cpb_mlp(self.get_buffer("coords").to(self.logit_scale.dtype))
-        return relative_bias(SIGMOID_SCALE * _wide(table).sigmoid(), self.get_buffer("index"))
+        (shared,) = self.shared
+        if shared is not None:
+            return cast(Tensor, shared())
+        return _offset_bias(self.cpb_mlp, self.get_buffer("coords"), self.get_buffer("index"))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (B * windows, N, C).  mask: (windows, N, N), added to the scores, or None."""
@@ -100,6 +122,11 @@ class CosineAttention(_Fused):
         q = F.normalize(q, dim=-1) * scale
         heads = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, bias, dropout, scale=1.0)
         return self.join(heads.to(x.dtype))
+
+
+def _offset_bias(network: nn.Module, coords: Tensor, index_NN: Tensor) -> Tensor:
+    table = network(coords.to(next(network.parameters()).dtype))
+    return relative_bias(SIGMOID_SCALE * _wide(table).sigmoid(), index_NN)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def init_student(model: nn.Module, bound: float = STD) -> bool:
     """
     if isinstance(model, Beit):
         _draw(model.modules(), bound)
-        _normal(model.cls_token, bound)
+        for tokens in (model.cls_token if model.num_prefix_tokens else None, model.pos_embed):
+            if tokens is not None:
+                _normal(tokens, bound)
         rescale_branches([*model.blocks])
     elif isinstance(model, SwinTransformerV2):
         _draw(model.modules(), 2.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Grid = tuple[int, int]
 Floats = NDArray[np.float64]
 ALIGN = 8  # elements: rows of a bias must start at multiples of it, or fused attention copies the bias in every block
-CLS_ROWS = 3  # of a table: class to patch, patch to class, class to class
+CLS_ROWS = 3  # of a table with a class token: class to patch, patch to class, class to class
 
 
 def relative_index(grid: Grid, cls: bool = True) -> Tensor:
@@ -32,6 +32,12 @@ def relative_index(grid: Grid, cls: bool = True) -> Tensor:
     return index
 
 
+def index_for(table_RH: Tensor, grid: Grid) -> Tensor:
+    """`relative_index` of the tokens that a table has rows for, where the table is."""
+    rows, columns = grid
+    return relative_index(grid, cls=len(table_RH) > (2 * rows - 1) * (2 * columns - 1)).to(table_RH.device)
+
+
 def relative_bias(table_RH: Tensor, index_NN: Tensor) -> Tensor:
     """Biases (H, N, N) of a table (R, H), added to the scores of attention after their scaling.
 
@@ -50,7 +56,7 @@ class SharedBias(nn.Module):
     def __init__(self, table_RH: nn.Parameter, grid: Grid) -> None:
         super().__init__()
         self.relative_position_bias_table = table_RH
-        self.register_buffer("index", relative_index(grid).to(table_RH.device), persistent=False)
+        self.register_buffer("index", index_for(table_RH, grid), persistent=False)
 
     @classmethod
     def of(cls, own: RelativePositionBias) -> SharedBias:

@@ -11,16 +11,15 @@ from torch import nn
 
 from core.config import ConfigError, nearest
 from core.methods.base import Info
-from core.models.clip import as_projection, set_norm_eps
+from core.models.clip import as_projection
 from core.models.features import family, stride
 from core.models.known import KNOWN
 from core.models.locate import read_weights
 from core.models.swin import use_masks_in_compute_precision
+from core.models.variants import own_arguments, vary
 from core.models.vit import set_drop_path
 from core.models.weights import load_strict
 from core.recipe import Student
-
-NORM_EPS = "norm_eps"  # of student.args and teachers.*.args, beside what timm takes: epsilon of every LayerNorm
 
 
 def create(name: str, args: dict[str, Any], img_size: int | None, field: str) -> nn.Module:
@@ -38,10 +37,9 @@ def create(name: str, args: dict[str, Any], img_size: int | None, field: str) ->
     arguments = build_arguments(name, args, img_size)
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **{"num_classes": 0, **arguments})
+        model = vary(model, name, own_arguments(name, args))
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{field}: timm cannot build {name} with {arguments}: {error}") from None
-    if NORM_EPS in args:
-        set_norm_eps(model, float(args[NORM_EPS]))
     return use_masks_in_compute_precision(as_projection(model))
 
 
@@ -49,8 +47,8 @@ def build_arguments(name: str, args: dict[str, Any], img_size: int | None) -> di
     """What `timm.create_model` is given: the image size too where a model's weights depend on it."""
     config = timm.get_pretrained_cfg(name)
     sized = img_size is not None and (config is None or config.fixed_input_size)
-    own = {key: value for key, value in args.items() if key != NORM_EPS}
-    return {**({"img_size": img_size} if sized else {}), **own}
+    own = own_arguments(name, args)
+    return {**({"img_size": img_size} if sized else {}), **{key: args[key] for key in args if key not in own}}
 
 
 def describe(model: nn.Module, name: str, img_size: int, field: str) -> Info:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -32,17 +33,20 @@ class LastLayer(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Three layers to a normalised bottleneck, then cosines with `out` prototypes, scaled by their gains."""
+    """Linear layers to a normalised bottleneck, then cosines with `out` prototypes, scaled by their gains.
 
-    def __init__(self, dim: int, hidden: int, bottleneck: int, out: int, train_gain: bool) -> None:
+    layers: linear ones, with a GELU after each but the last; of a single one the names are `mlp.weight`, `mlp.bias`.
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, out: int, train_gain: bool, layers: int = 3) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for layer in self.mlp[::2]:
-            linear = cast(nn.Linear, layer)
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        widths = [dim, *(layers - 1) * [hidden], bottleneck]
+        linear = [nn.Linear(*pair) for pair in pairwise(widths)]
+        for layer in linear:
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        behind = [part for layer in linear[1:] for part in (nn.GELU(), layer)]
+        self.mlp = nn.Sequential(linear[0], *behind) if behind else linear[0]
         self.last_layer = LastLayer(bottleneck, out, train_gain)
 
     def bottleneck(self, x: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ class ProjectionHead(nn.Module):
 
     def flops(self, rows: float, last_rows: float) -> float:
         """Of `rows` to the bottleneck and `last_rows` through the last layer, two per multiply-add."""
-        sizes = [(m.in_features, m.out_features) for m in self.mlp if isinstance(m, nn.Linear)]
+        sizes = [(m.in_features, m.out_features) for m in self.mlp.modules() if isinstance(m, nn.Linear)]
         return 2 * (rows * sum(a * b for a, b in sizes) + last_rows * self.last_layer.weight_v.numel())
 
 

@@ -16,7 +16,7 @@ from core.config import ConfigError, from_yaml, to_yaml
 from core.export import export, load_student, verify
 from core.manifest import CheckpointError
 from core.models.students import build_student
-from core.recipe import Recipe
+from core.recipe import Recipe, Student
 from core.registry import complete
 from core.storage import Store, open_store
 from core.train import train
@@ -108,6 +108,15 @@ def test_the_card_names_lineage_and_licences_and_no_place_or_credential(root: st
 def test_an_unknown_format_is_refused_with_the_known_ones(run: Store, root: str) -> None:
     with pytest.raises(ConfigError, match="FORMAT: 'onxn' is not one of timm, safetensors"):
         export(run, root, ["timm", "onxn"])
+
+
+def test_a_network_that_timm_alone_cannot_build_is_refused(run: Store, root: str, tmp_path: Path) -> None:
+    other = open_store(f"file://{tmp_path}/runs/toy-1")
+    recipe = staged()
+    recipe.student = Student("beit_base_patch16_224", {"class_token": False})
+    other.put("recipe.yaml", to_yaml(recipe).encode())
+    with pytest.raises(ConfigError, match="student.args.class_token: timm has no such beit_base_patch16_224"):
+        export(other, root, ["timm"])
 
 
 def test_a_run_without_a_checkpoint_is_told_to_wait(root: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,70 +13,66 @@ import torch
 from torch import nn
 
 from core.config import load
+from core.inputs import schedule
 from core.methods.fd import Fd, FdModel, FdOptions
 from core.methods.finetune import SHARED, Classifier, Finetune, FinetuneOptions, own_tables
-from core.models.init import init_student
 from core.models.layouts.windowed import BUFFERS
 from core.models.students import create
 from core.models.weights import to_timm
 from core.optim_layers import layer_groups
 from core.recipe import Recipe, Train
 from core.registry import create as create_method
-from tests.golden.networks_fd import in_timm, meta, student
+from tests.golden.networks_fd import distilled, in_module, in_timm, meta, student
 from tests.golden.runner import Case, Check
 
 Checks = Iterator[Check]
 
 
-def _layout(hp: dict[str, Any]) -> str:
-    return "swin" if "depths" in hp else "beit"
+def _own_names(names: Iterable[Any], hp: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """The product's names of upstream parameters, without those that it has not, and which these are."""
+    mine = [in_module(str(name), hp) for name in names]
+    known = [i for i, name in enumerate(mine) if name]
+    return [mine[i] for i in known], known
 
 
-def _renamed(name: str, hp: dict[str, Any]) -> str:
-    """The product's name of an upstream parameter of the distillation or the fine-tuning network."""
-    if name.startswith("decoder."):
-        return name
-    prefix = "encoder." if name.startswith("encoder.") else ""
-    bare = name.removeprefix(prefix)
-    return f"{prefix}{bare if bare.startswith('head.') else in_timm(bare, _layout(hp))}"
-
-
-def _settings(hp: dict[str, Any], weight_decay: float = 0.05) -> Train:
-    per_epoch = hp.get("iters_per_epoch", 1)
-    return Train(batch=1, micro_batch=1, lr=hp.get("base_lr", 1.0), lr_batch=0, min_lr=hp.get("min_lr", 0.0),
-                 warmup_steps=hp.get("warmup_epochs", 0) * per_epoch, weight_decay=weight_decay)  # fmt: skip
+def _scheduled(hp: dict[str, Any], weight_decay: float = 0.05) -> tuple[Train, int]:
+    """Settings and steps of a stage of one image a step."""
+    settings = Train(batch=1, micro_batch=1, lr=hp.get("base_lr", 1.0), lr_batch=0, min_lr=hp.get("min_lr", 0.0),
+                     epochs=hp.get("epochs", 1), warmup_epochs=hp.get("warmup_epochs", 0.0),
+                     weight_decay=weight_decay)  # fmt: skip
+    return schedule(settings, hp.get("iters_per_epoch", 1))
 
 
 def groups_pretrain(case: Case) -> Checks:
-    hp, names = meta(case), [str(name) for name in case["names"]]
+    hp, names = meta(case), case["names"]
     with torch.device("meta"):
         network = student(hp)
         module = FdModel(network, network.num_features, [4], (0, 0))
     decay = float(case["weight_decay"].max())
-    groups = Fd(FdOptions(), _settings(hp, decay), 1).param_groups(module)
+    groups = Fd(FdOptions(), *_scheduled(hp, decay)).param_groups(module)
     of = {name: group["weight_decay"] for group in groups for name in group["names"]}
-    mine = [_renamed(name, hp) for name in names]
+    mine, known = _own_names(names, hp)
     yield "names", sorted(of), sorted(mine), 0.0
-    yield "weight_decay", [of[name] for name in mine], case["weight_decay"], 0.0
-    yield "all_trainable", sorted(_renamed(str(name), hp) for name in case["all_trainable"]), sorted(of), 0.0
+    yield "weight_decay", [of[name] for name in mine], case["weight_decay"][known], 0.0
+    yield "all_trainable", sorted(of), sorted(_own_names(case["all_trainable"], hp)[0]), 0.0
 
 
 def groups_finetune(case: Case) -> Checks:
-    hp, names = meta(case), [str(name) for name in case["names"]]
+    hp = meta(case)
     with torch.device("meta"):
-        network = student(hp, shared=False)
+        network = student(hp)
         module = Classifier(network, network.num_features, hp["num_classes"])
     options = FinetuneOptions(num_classes=hp["num_classes"], layer_decay=hp["layer_decay"])
-    method = Finetune(options, _settings(hp, hp["weight_decay"]), 1)
-    groups = {name.removeprefix("encoder."): group for group in method.param_groups(module) for name in group["names"]}
-    mine = [_renamed(name, hp) for name in names]
+    method = Finetune(options, *_scheduled(hp, hp["weight_decay"]))
+    groups = {name: group for group in method.param_groups(module) for name in group["names"]}
+    mine, known = _own_names(case["names"], hp)
     yield "names", sorted(groups), sorted(mine), 0.0
     found = [groups[name] for name in mine]
     titles = [f"layer_{group['layer']}_{'decay' if group['weight_decay'] else 'no_decay'}" for group in found]
-    yield "group", titles, case["group"], 0.0
-    yield "lr_scale", [group["lr_scale"] for group in found], case["lr_scale"], 1e-12
-    yield "weight_decay", [group["weight_decay"] for group in found], case["weight_decay"], 1e-12
-    yield "lr", [method.lr(0, group["lr_scale"]) for group in found], case["lr"], 1e-12
+    yield "group", titles, case["group"][known], 0.0
+    yield "lr_scale", [group["lr_scale"] for group in found], case["lr_scale"][known], 1e-12
+    yield "weight_decay", [group["weight_decay"] for group in found], case["weight_decay"][known], 1e-12
+    yield "lr", [method.lr(0, group["lr_scale"]) for group in found], case["lr"][known], 1e-12
 
 
 LARGE = 2000  # elements from which a deviation tells the distribution
@@ -86,63 +82,60 @@ DRAWN = 4  # networks whose deviations are averaged, which leaves the noise of t
 
 def init_stats(case: Case) -> Checks:
     """Large tensors by their deviation, relative; constant ones exactly; their extremes where they are cut off."""
-    hp, names = meta(case), [str(name) for name in case["names"]]
-    drawn = [dict(_initialised(hp, names, case["numel"], seed).named_parameters()) for seed in range(DRAWN)]
-    own = drawn[0]
-    mine = [own.get(name) if (name := _named(n, hp, own)) else None for n in names]
-    yield "names", sorted(own), sorted(_named(name, hp, own) for name in names), 0.0
-    yield "numel", [p.numel() for p in mine], case["numel"], 0.0
-    for i, (name, parameter) in enumerate(zip(names, mine, strict=True)):
-        p, std = parameter.detach().double(), float(case["std"][i])
+    hp, recorded = meta(case), [str(name) for name in case["names"]]
+    drawn = [_initialised(hp, recorded, case["numel"], seed) for seed in range(DRAWN)]
+    names, known = _own_names(recorded, hp)
+    yield "names", sorted(drawn[0]), sorted(names), 0.0
+    yield "numel", [drawn[0][name].numel() for name in names], case["numel"][known], 0.0
+    for i, name in zip(known, names, strict=True):
+        p, std = drawn[0][name].detach().double(), float(case["std"][i])
         if std < CONSTANT:
             for key, value in (("mean", p.mean()), ("min", p.min()), ("max", p.max())):
                 yield f"{key} of {name}", value, case[key][i], 1e-7
         else:
             yield f"mean of {name}", p.mean(), case["mean"][i], 6e-2
             if p.numel() >= LARGE:
-                found = [each[_named(name, hp, own)].detach().double().std() for each in drawn]
+                found = [each[name].detach().double().std() for each in drawn]
                 yield f"std of {name}", torch.stack(found).mean() / std, 1.0, 6e-2
-                bound = max(abs(case["min"][i]), abs(case["max"][i]))
-                yield f"extremes of {name}", bool(p.abs().max() <= 1.6 * bound), True, 0.0
+                bound = 1.6 * max(abs(case["min"][i]), abs(case["max"][i]))
+                for key, value in (("min", p.min()), ("max", p.max())):
+                    yield f"{key} of {name} is no further out", bool(value.abs() <= bound), True, 0.0
 
 
-def _named(name: str, hp: dict[str, Any], own: dict[str, nn.Parameter]) -> str:
-    found = _renamed(name, hp)
-    return found if found in own else f"encoder.{found}"
-
-
-def _initialised(hp: dict[str, Any], names: list[str], numel: np.ndarray, seed: int) -> nn.Module:
-    finetune, wrapped = "head.weight" in names, "decoder.0.bias" in names
+def _initialised(hp: dict[str, Any], names: list[str], numel: np.ndarray, seed: int) -> dict[str, nn.Parameter]:
+    """Parameters of the fine-tuning network, of the distillation's, or of its student alone, as the names say."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = student(hp, shared=not finetune)
-        if finetune:
-            Finetune(FinetuneOptions(), _settings(hp), 1).initialise(network)
-            return Classifier(network, network.num_features, hp["num_classes"])
-        if wrapped:
-            Fd(FdOptions(), _settings(hp), 1).initialise(network)
-            return FdModel(network, network.num_features, [int(numel[names.index("decoder.0.bias")])], (0, 0))
-        init_student(network)
-        return network
+        network = student(hp)
+        if "head.weight" in names:
+            Finetune(FinetuneOptions(), *_scheduled(hp)).initialise(network)
+            module: nn.Module = Classifier(network, network.num_features, hp["num_classes"])
+        else:
+            Fd(FdOptions(), *_scheduled(hp)).initialise(network)
+            wide = [int(numel[names.index(name)]) for name in names if name == "decoder.0.bias"]
+            module = FdModel(network, network.num_features, wide, (0, 0))
+    return dict(module.named_parameters())
 
 
 def load_pretrained_keys(case: Case) -> Checks:
     hp = meta(case)
-    network = student(hp)
+    network = student(distilled(hp))
     weights = network.state_dict()
     checkpoint = {str(key): weights.get(in_timm(str(key), "fd"), torch.empty(0)) for key in case["checkpoint_keys"]}
     state = to_timm(checkpoint, "fd")
     yield "checkpoint_keys", sorted(state), sorted(weights), 0.0
-    model = Classifier(student(hp, shared=False), network.num_features, hp.get("num_classes", 3))
+    model = Classifier(student(hp), network.num_features, hp.get("num_classes", 3))
     own = {key.removeprefix("encoder."): value for key, value in model.state_dict().items()}
     loaded = own_tables(state, own)
     buffers = {name for name, _ in model.encoder.named_buffers() if re.search(BUFFERS, name)}
-    recorded = {part: [str(key) for key in case[f"{part}_keys"]] for part in ("loaded", "missing", "unexpected")}
-    yield "loaded_keys", sorted(loaded), sorted(_renamed(key, hp) for key in recorded["loaded"]), 0.0
-    wanted = [_renamed(key, hp) or key for key in recorded["missing"]]
-    yield "missing_keys", sorted({*own} - {*loaded} | buffers), sorted(wanted), 0.0
-    unexpected = {*state} - {*loaded} - {SHARED}
-    yield "unexpected_keys", sorted(unexpected), sorted(_renamed(key, hp) for key in recorded["unexpected"]), 0.0
+
+    def recorded(part: str) -> list[str]:
+        named = [(str(key), in_module(str(key), hp)) for key in case[f"{part}_keys"]]
+        return sorted(name.removeprefix("encoder.") or key for key, name in named if not key.endswith("attn.k_bias"))
+
+    yield "loaded_keys", sorted(loaded), recorded("loaded"), 0.0
+    yield "missing_keys", sorted({*own} - {*loaded} | buffers), recorded("missing"), 0.0
+    yield "unexpected_keys", sorted({*state} - {*loaded} - {SHARED}), recorded("unexpected"), 0.0
     for key, value in loaded.items():
         source = state[key] if key in state else state[SHARED]
         yield f"value of {key}", value, source, 0.0
@@ -150,16 +143,17 @@ def load_pretrained_keys(case: Case) -> Checks:
 
 def lr_pretrain(case: Case) -> Checks:
     hp = meta(case)
-    method = Fd(FdOptions(warmup_lr=hp["warmup_lr"]), _settings(hp), hp["epochs"] * hp["iters_per_epoch"])
+    method = Fd(FdOptions(warmup_lr=hp["warmup_lr"]), *_scheduled(hp))
     yield "lr", [method.schedules(step)["lr"] for step in range(method.steps)], case["lr"], 1e-12
 
 
 def lr_finetune(case: Case) -> Checks:
     hp = meta(case)
     options = FinetuneOptions(warmup_lr=hp["warmup_lr"], layer_decay=hp["layer_decay"])
-    method = Finetune(options, _settings(hp), hp["epochs"] * hp["iters_per_epoch"])
-    depth = hp["depth"] if "depth" in hp else sum(hp["depths"])
-    parts = ["cls_token", *(f"blocks.{i}.gamma_1" for i in range(depth)), "norm.bias"]
+    method = Finetune(options, *_scheduled(hp))
+    blocks = [f"layers.{s}.blocks.{i}" for s, depth in enumerate(hp.get("depths", ())) for i in range(depth)]
+    blocks = blocks or [f"blocks.{i}" for i in range(hp["depth"] if "depth" in hp else hp["blocks"])]
+    parts = ["patch_embed.proj.bias", *(f"{block}.norm1.bias" for block in blocks), "norm.bias"]
     groups = layer_groups([(name, nn.Parameter(torch.zeros(1))) for name in parts], 0.0, hp["layer_decay"])
     scales = [group["lr_scale"] for group in groups]
     yield "scales", scales, case["scales"], 1e-12
@@ -182,9 +176,9 @@ def resolved_configs(case: Case) -> Checks:
         wanted, stage = json.loads(str(text)), "finetune" if "finetune" in kind else "distil"
         for key, value in _resolved(recipe, stage).items():
             want = wanted[key]
-            yield f"{name} {key}", np.asarray(value), np.asarray(want), 1e-9
+            yield f"json of {name} {key}", np.asarray(value), np.asarray(want), 1e-9
         for key, value in _scaled(recipe, stage).items():
-            yield f"{name} scaled {key}", value, wanted["_scaled_at_16_gpus"][key], 1e-9
+            yield f"json of {name} scaled {key}", value, wanted["_scaled_at_16_gpus"][key], 1e-9
 
 
 def _scaled(recipe: Recipe, stage: str) -> dict[str, float]:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from core.comm import Comm
 from core.engine import Engine
+from core.inputs import schedule
 from core.methods.base import Batch, Method
 from core.methods.fd import Fd, FdOptions
 from core.methods.finetune import Finetune, FinetuneOptions
-from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from core.plain import PlainEngine
-from core.recipe import Teacher, Train
-from tests.golden.networks_fd import beit, describe, meta, params, plain_vit
+from core.recipe import Train
+from tests.golden.networks_fd import described, in_module, layout, meta, params, student, teacher
 from tests.golden.runner import Case, Check
 from tests.ranks import run_ranks
 
@@ -49,28 +49,27 @@ def _distil(case: Case, stage: int | None) -> Arrays:
     hp, comm = meta(case), Comm(torch.device("cpu"))
     each, every = case["batches"].shape[1], max(hp.get("accumulation", 0), 1)
     micro = each if every > 1 else each // comm.world
-    (per_epoch, leftover), decoder = divmod(hp["iters_per_epoch"], every), params(case, "init/decoder.0.")
-    settings = _settings(hp, each * every, micro, per_epoch)
-    options = FdOptions(beta=hp.get("beta", 2.0), warmup_lr=hp["warmup_lr"], accumulation=every, leftover=leftover)
-    method = Fd(options, settings, hp["epochs"] * per_epoch)
-    method.epoch_steps = per_epoch
-    state = to_timm(params(case, "init/feature_model."), "timm")
-    heads, eps = (re.search(pattern, hp["teacher"]) for pattern in (r"heads *(\d+)", r"eps *=? *([\d.e-]+)"))
-    teacher_net = plain_vit(state, int(heads[1]), hp["img_size"], norm_eps=float(eps[1]) if eps else None)
-    info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
-    teacher_info = describe(state["cls_token"].shape[-1], 0, hp["patch_size"], hp["img_size"])
-    teacher = FrozenTeacher(Teacher(name="teacher", weights="random"), teacher_net, teacher_info, info).to(
-        _dtype(stage)
-    )
-    module = method.build(beit(hp, shared=True), info, {"teacher": teacher_info}).to(_dtype(stage))
-    student = {f"encoder.{k}": v for k, v in params(case, "init/encoder.").items()}
-    module.load_state_dict(student | {f"decoder.0.{k}": v.reshape(v.shape[:2]) for k, v in decoder.items()})
+    settings, steps = schedule(_settings(hp, each * every, micro), hp["iters_per_epoch"] * each)
+    options = FdOptions(beta=hp.get("beta", 2.0), whiten_eps=hp.get("whiten_eps", 1e-5), warmup_lr=hp["warmup_lr"],
+                        accumulation=every, leftover=hp["iters_per_epoch"] % every)  # fmt: skip
+    method = Fd(options, settings, steps)
+    method.epoch_steps = steps // hp["epochs"]
+    network = student(hp)
+    info = described(network, hp["img_size"])
+    known, teacher_info = teacher(params(case, "init/feature_model."), hp["teacher"], hp["img_size"], info)
+    known = known.to(_dtype(stage))
+    method.options.tokens = "all" if info.has_cls and teacher_info.has_cls else "patch"
+    method.check(info, {"teacher": teacher_info})
+    module = method.build(network, info, {"teacher": teacher_info}).to(_dtype(stage))
+    state = {f"encoder.{k}": v for k, v in to_timm(params(case, "init/encoder."), layout(hp)).items()}
+    state |= {f"decoder.0.{k}": v.reshape(v.shape[:2]) for k, v in params(case, "init/decoder.0.").items()}
+    module.load_state_dict(state)
 
     def batch_of(images: Tensor, row: int, part: slice) -> Batch:
         return Batch({"image": images[part]})
 
     def loss_of(engine: Any, batch: Batch) -> Tensor:
-        targets = method.targets({"teacher": teacher(batch.views["image"])}, batch)
+        targets = method.targets({"teacher": known(batch.views["image"])}, batch)
         return method.losses(engine.forward(batch), targets, batch)[0]
 
     return _run(case, method, module, stage, comm, batch_of, loss_of, every)
@@ -79,13 +78,12 @@ def _distil(case: Case, stage: int | None) -> Arrays:
 def _finetune(case: Case, stage: int | None) -> Arrays:
     hp, comm = meta(case), Comm(torch.device("cpu"))
     each = case["batches"].shape[1]
-    settings = _settings(hp, each, each if stage is None else 1, hp["iters_per_epoch"])
+    settings = _settings(hp, each, each if stage is None else 1)
     options = FinetuneOptions(num_classes=hp["num_classes"], layer_decay=hp["layer_decay"], warmup_lr=hp["warmup_lr"])
-    method = Finetune(options, settings, hp["epochs"] * hp["iters_per_epoch"])
-    info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"], is_vit=False)
-    module = method.build(beit(hp, shared=False), info, {}).to(_dtype(stage))
-    state = {f"{'' if k.startswith('head.') else 'encoder.'}{k}": v for k, v in params(case, "init/").items()}
-    module.load_state_dict(state)
+    method = Finetune(options, *schedule(settings, hp["iters_per_epoch"] * each))
+    network = student(hp)
+    module = method.build(network, described(network, hp["img_size"]), {}).to(_dtype(stage))
+    module.load_state_dict({in_module(k, hp): v for k, v in params(case, "init/").items() if in_module(k, hp)})
     soft = torch.from_numpy(case["soft_targets"]).to(_dtype(stage))
 
     def batch_of(images: Tensor, row: int, part: slice) -> Batch:
@@ -156,10 +154,10 @@ def _final(engine: Engine | PlainEngine, comm: Comm) -> Arrays:
     return {name: comm.sum(flat).view(engine.shapes[name]).numpy() for name, flat in full.items()}
 
 
-def _settings(hp: dict[str, Any], batch: int, micro: int, per_epoch: int) -> Train:
+def _settings(hp: dict[str, Any], batch: int, micro: int) -> Train:
     betas = tuple(hp.get("betas", (0.9, 0.999)))
     return Train(batch=batch, micro_batch=micro, lr=hp["base_lr"], lr_batch=0, min_lr=hp["min_lr"],
-                 warmup_steps=hp["warmup_epochs"] * per_epoch, weight_decay=hp["weight_decay"],
+                 epochs=hp["epochs"], warmup_epochs=hp["warmup_epochs"], weight_decay=hp["weight_decay"],
                  betas=betas, eps=hp.get("eps", 1e-8), clip=hp.get("clip_grad") or 0.0, precision="fp32")  # fmt: skip
 
 
@@ -168,16 +166,16 @@ def _dtype(stage: int | None) -> torch.dtype:
 
 
 def _checks(case: Case, got: Arrays, stage: int | None) -> list[Check]:
-    tolerance = TOLERANCES[_dtype(stage)]
+    whole = stage is None and not any(case[name].dtype == np.float32 for name in case if name.startswith("init/"))
+    tolerance = TOLERANCES[torch.float64 if whole else torch.float32]
     checks: list[Check] = [(name, got[name], case[name], tolerance) for name in ("losses", "grad_norms", "lrs")]
 
-    def final(name: str) -> np.ndarray:
-        return got[f"final.{name}"] if f"final.{name}" in got else got[f"final.encoder.{name}"]
-
+    hp, final = meta(case), {name.removeprefix("final."): value for name, value in got.items() if "final." in name}
     for name, want in case.below("final/").items():
-        checks.append((f"final/{name}", final(name).reshape(want.shape), want, tolerance))
-    squares = [(final(str(name)).astype(np.float64) ** 2).sum() for name in case["final_names"]]
-    checks.append(("final_sq_norm", np.array(squares), case["final_sq_norm"], tolerance))
-    trained = {name.removeprefix("final.") for name in got if name.startswith("final.")}
-    names = {str(n) if str(n) in trained else f"encoder.{n}" for n in case["final_names"]}
-    return [*checks, ("final_names", sorted(trained), sorted(names), 0.0)]
+        if own := in_module(name, hp):
+            checks.append((f"final/{name}", final[own].reshape(want.shape), want, tolerance))
+    names = [in_module(str(name), hp) for name in case["final_names"]]
+    known = [i for i, name in enumerate(names) if name]
+    squares = [(final[names[i]].astype(np.float64) ** 2).sum() for i in known]
+    checks.append(("final_sq_norm", np.array(squares), case["final_sq_norm"][known], tolerance))
+    return [*checks, ("final_names", sorted(final), sorted(names[i] for i in known), 0.0)]

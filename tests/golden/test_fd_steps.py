@@ -10,7 +10,8 @@ from tests.golden import steps_fd
 from tests.golden.runner import deviation, load_case
 
 FD = Path(__file__).parent / "fd"
-CASES = [("train_steps_fd_vit", 2), ("train_steps_fd_accum", 2), ("train_steps_finetune", 1)]  # ranks
+CASES = [("train_steps_fd_vit", 2), ("train_steps_fd_accum", 2), ("train_steps_fd_swin_c", 2),
+         ("train_steps_finetune", 1)]  # name, ranks  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from core.plain import PlainEngine
 from core.recipe import Train
 from tests.golden.networks import tensor
 from tests.golden.runner import Case, Check
+from tests.golden.units.udi import projection_head
 
 Checks = Iterator[Check]
 
@@ -41,7 +43,9 @@ Checks = Iterator[Check]
 # ---- networks
 
 
-def vit(state: Mapping[str, Tensor], heads: int, num_classes: int = 0) -> VisionTransformer:
+def vit(
+    state: Mapping[str, Tensor], heads: int, num_classes: int = 0, global_pool: str = "token"
+) -> VisionTransformer:
     """timm's ViT of the shapes of a released state dict, its first class token and registers as one parameter."""
     hidden, dim = state["blocks.0.mlp.fc1.weight"].shape
     prefix, patch = state["cls_token"].shape[1], state["patch_embed.proj.weight"].shape[-1]
@@ -51,7 +55,7 @@ def vit(state: Mapping[str, Tensor], heads: int, num_classes: int = 0) -> Vision
         side * patch, patch, num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads,
         mlp_ratio=hidden / dim, reg_tokens=prefix - 1, qkv_bias="blocks.0.attn.qkv.bias" in state,
         init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        global_pool="avg" if "fc_norm.weight" in state else "token",
+        global_pool=global_pool, fc_norm="fc_norm.weight" in state, final_norm="norm.weight" in state,
     )  # fmt: skip
 
 
@@ -62,7 +66,8 @@ def timm_name(name: str) -> str:
 
 def plain_vit(case: Case) -> VisionTransformer:
     state = {timm_name(name): tensor(array) for name, array in case.below("param/").items()}
-    model = vit(state, int(case["num_heads"]), len(state.get("head.bias", ())))
+    pool = "avg" if "mean_pool" in case and bool(case["mean_pool"]) else "token"
+    model = vit(state, int(case["num_heads"]), len(state.get("head.bias", ())), pool)
     model.double().load_state_dict(state, strict=True)
     return model.eval()
 
@@ -73,6 +78,7 @@ def vit_wrapper(case: Case) -> Checks:
     model = SampledBackbone(vit(inner, int(case["num_heads"])), int(case["num_heads"])).double().eval()
     model.load_state_dict(state, strict=True)
     set_norm_eps(model, float(case["eps"]))
+    yield from _sizes(case, model.backbone, num_cls="num_prefix_tokens", patch_size="patch_embed.patch_size.0")
     images = {name: tensor(case[f"img_{name}"]) for name in ("global", "local", "rect")}
     maps = tensor(case["map"])
     cls, patches = model(images["global"], maps.transpose(0, 1).flatten(1, 2))
@@ -90,14 +96,23 @@ def vit_wrapper(case: Case) -> Checks:
     yield "last_attn", last_attention(model.backbone, images["global"]), case["last_attn"], 1e-8
 
 
+def _sizes(case: Case, model: nn.Module, **of: str) -> Checks:
+    """Sizes that a case tells beside its arrays, against those of a network made of the arrays."""
+    for name, path in of.items():
+        found: Any = model
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        yield name, found, case[name], 0.0
+
+
 def pos_interp(case: Case) -> Checks:
     table, prefix, patch = tensor(case["pos_embed"]), int(case["num_cls"]), int(case["patch"])
     side = math.isqrt(table.shape[1] - prefix)
-    for key in [key for key in case if key.endswith("_hw")]:
-        grid = (int(case[key][0]) // patch, int(case[key][1]) // patch)
-        want = case[key.replace("_hw", "_pos")]
-        got = table if grid == (side, side) else resize_pos_embed(table, (side, side), grid, prefix)
-        yield key, got.reshape(want.shape), want, 1e-8
+    for k in range(int(case["n"])):
+        height, width = case[f"c{k}_hw"]
+        want = case[f"c{k}_pos"]
+        got = resize_pos_embed(table, (side, side), (int(height) // patch, int(width) // patch), prefix)
+        yield f"c{k}_pos", got.reshape(want.shape), want, 1e-8
 
 
 def drop_path(case: Case) -> Checks:
@@ -112,7 +127,7 @@ def drop_path(case: Case) -> Checks:
 
 def param_groups(case: Case) -> Checks:
     names = [str(name) for name in case["names"]]
-    shapes = {n: eval(str(s), {}) for n, s in zip(names, case["shapes"], strict=True)}  # noqa: S307
+    shapes = {n: ast.literal_eval(str(s)) for n, s in zip(names, case["shapes"], strict=True)}
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     train_gain = not bool(case["norm_last_layer"])
     module = released_module(meta, heads=1, srs_heads=1, train_gain=train_gain)
@@ -138,10 +153,8 @@ def released_module(state: Mapping[str, Tensor], heads: int, srs_heads: int, tra
     """The product's trainable module of the shapes of a released state dict (its names are the same)."""
     prefix = "backbone.backbone."
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    hidden, dim = state["head.0.mlp.0.weight"].shape
-    out, bottleneck = state["head.0.last_layer.weight_v"].shape
-    head = ProjectionHead(dim, hidden, bottleneck, out, train_gain)
-    return UdiModel(SampledBackbone(vit(inner, heads), srs_heads), head)
+    head = {name.removeprefix("head.0."): value for name, value in state.items() if name.startswith("head.0.")}
+    return UdiModel(SampledBackbone(vit(inner, heads), srs_heads), projection_head(head, train_gain))
 
 
 # ---- steps of the optimiser
@@ -231,6 +244,7 @@ def knn(case: Case) -> Checks:
 
 def linear_probe(case: Case) -> Checks:
     model, last = plain_vit(case), int(case["n_last_blocks"])
+    yield from _sizes(case, model, num_cls="num_prefix_tokens", patch="patch_embed.patch_size.0")
     images, labels = tensor(case["x"]), tensor(case["y"])
     with torch.no_grad():
         features = [class_features(model, x, last, bool(case["avgpool"])) for x in images]
@@ -251,8 +265,12 @@ def linear_probe(case: Case) -> Checks:
 
 def layer_decay_ft(case: Case) -> Checks:
     model, names = plain_vit(case), [timm_name(str(name)) for name in case["names"]]
+    yield from _sizes(case, model, patch="patch_embed.patch_size.0")
+    yield "depth", len(model.blocks), case["depth"], 0.0
+    yield "layer scale", "blocks.0.ls1.gamma" in names, float(case["init_values"]) > 0, 0.0
     groups = layer_groups(model.named_parameters(), float(case["weight_decay"]), float(case["layer_decay"]))
     found = {name: group for group in groups for name in group["names"]}
+    yield "names", sorted(found), sorted(names), 0.0
     yield "lr_scale", [found[name]["lr_scale"] for name in names], case["lr_scale"], 1e-12
     yield "wd", [found[name]["weight_decay"] for name in names], case["wd"], 0.0
     yield "n_groups", len(groups), case["n_groups"], 0.0

@@ -15,7 +15,8 @@ def is_beit(state: State) -> bool:
 
 
 def from_beit(state: State) -> State:
-    return without(state, BUFFERS)
+    """Without biases of keys: they add the same to all scores of a query, which softmax takes away again."""
+    return without(state, rf"{BUFFERS}|\.attn\.k_bias$")
 
 
 def is_swin(state: State) -> bool:

@@ -51,6 +51,24 @@ def test_the_released_slips_change_the_crops(cropped: Cropped) -> None:
     assert moved.tolist() == [False, True, False, False]  # the slip is one of columns
 
 
+def test_a_box_on_the_region_s_centre_stays_and_half_a_pixel_beside_it_moves_towards_it() -> None:
+    """With the released slip the columns count from the row 0, as if the box reached there."""
+    sizes = np.tile(np.array([201, 401]), (3, 1))
+    boxes = np.tile(np.array([0, 150, 41, 41]), (3, 1))  # columns 150 to 190
+    regions = np.array([[0, 160, 40, 180], [0, 160, 40, 181], [0, 160, 40, 179]]) / np.array([200, 400, 200, 400])
+    pulled = geometry.pull(boxes, regions.astype(np.float32), sizes, released_slip=True)
+    assert np.sign(pulled[:, 1] - 150).tolist() == [0, 1, -1]
+    kept = geometry.pull(boxes, regions.astype(np.float32), sizes, released_slip=False)
+    assert (kept[:, 1] == 150).all()
+
+
+def test_a_box_that_never_fitted_lies_in_the_middle_and_others_where_they_were_drawn() -> None:
+    shape, sizes = np.array([[3, 4], [3, 4], [5, 5]]), np.array([[8, 9], [8, 9], [5, 5]])
+    unit = np.array([[0.99, 0.0], [0.99, 0.0], [0.5, 0.5]])
+    boxes = geometry.placed(shape, np.array([True, False, True]), sizes, unit)
+    assert boxes.tolist() == [[5, 0, 3, 4], [2, 2, 3, 4], [0, 0, 5, 5]]
+
+
 def test_matches_say_where_a_token_lies_in_the_other_crop(cropped: Cropped) -> None:
     """The place of every matched token in pixels of the image, once from each crop."""
     extra, grid = cropped.extra, 14

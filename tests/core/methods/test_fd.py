@@ -46,6 +46,7 @@ def batch(images: int = 4) -> Batch:
     ("options", "teacher", "message"),
     [
         ({"beta": 0.0}, {}, "beta and accumulation must be above 0"),
+        ({"whiten_eps": 0.0}, {}, "whiten_eps, beta and accumulation must be above 0"),
         ({"scale": (0.5, 0.1)}, {}, "scale within 0..1"),
         ({"tokens": "none"}, {}, "tokens is all or patch"),
         ({}, {"grid": (7, 7)}, "has 7x7 tokens and the student .* 2x2; .* method.options.resize=true"),

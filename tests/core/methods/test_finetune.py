@@ -9,7 +9,8 @@ import torch
 from core.config import ConfigError
 from core.methods.base import Batch, Info
 from core.methods.fd import Fd, FdOptions
-from core.methods.finetune import Finetune, FinetuneOptions
+from core.methods.finetune import Finetune, FinetuneOptions, own_tables
+from core.models.rel_pos import resize_table
 from core.models.students import build_student
 from core.recipe import Student, Train
 
@@ -165,3 +166,12 @@ def test_images_without_labels_or_with_more_classes_than_outputs_are_refused() -
         method.check_labels(0, "data.heldout")
     with pytest.raises(ConfigError, match=r"num_classes: 5, but data\.source has 6"):
         method.check_labels(6, "data.source")
+
+
+def test_tables_without_a_class_token_are_resized_as_a_whole() -> None:
+    shared = torch.randn(25, 2)
+    own = {f"blocks.{i}.attn.relative_position_bias_table": torch.empty(49, 2) for i in (0, 1)}
+    taken = own_tables({"rel_pos_bias.relative_position_bias_table": shared}, own)
+    assert taken.keys() == own.keys()
+    for table in taken.values():
+        torch.testing.assert_close(table, resize_table(shared, (3, 3), (4, 4)))

@@ -69,6 +69,7 @@ def batch(udi: Udi, images: int = 2, seed: int = 0, epoch: int = 0) -> Batch:
         ({"alpha": 1.5}, {}, {}, "method.options.alpha: must lie in 0..1"),
         ({"temperature": (0.0, 0.1)}, {}, {}, "temperatures must be above 0"),
         ({"local_crops": -1}, {}, {}, "local_crops"),
+        ({"layers": 0}, {}, {}, "method.options.layers: the head has at least one layer, got 0"),
         ({}, {"lr": 0.0}, {}, "train.lr: 0 would learn nothing"),
     ],
 )
@@ -265,6 +266,24 @@ def test_evaluation_needs_no_crops_and_is_deterministic() -> None:
     assert udi.prepare(batch(udi)).extra.keys() == batch(udi).extra.keys()
 
 
+@pytest.mark.parametrize(
+    ("layers", "shapes"),
+    [(1, {"mlp": (6, 24)}), (2, {"mlp.0": (12, 24), "mlp.2": (6, 12)}),
+     (4, {"mlp.0": (12, 24), "mlp.2": (12, 12), "mlp.4": (12, 12), "mlp.6": (6, 12)})],
+)  # fmt: skip
+def test_a_head_has_the_layers_asked_for_under_the_released_names(layers: int, shapes: dict[str, Any]) -> None:
+    udi = method(layers=layers)
+    module, engine, info = ready(udi)
+    weights = {name: tuple(p.shape) for name, p in module.head[0].named_parameters() if p.ndim == 2}
+    gains = {"last_layer.weight_g": (20, 1), "last_layer.weight_v": (20, 6)}
+    assert weights == {f"{name}.weight": shape for name, shape in shapes.items()} | gains
+    small = batch(udi)
+    loss, _ = udi.losses(engine.forward(small), udi.targets({}, small), small)
+    engine.backward(loss)
+    assert all(p.grad is not None for p in module.head.parameters())
+    assert udi.head_flops(info, {}) > 0
+
+
 def test_views_are_two_large_and_several_small_crops() -> None:
     assert [(view.name, view.size) for view in method().views()] == [
         ("global0", 32), ("global1", 32), ("local0", 16), ("local1", 16), ("local2", 16),
@@ -276,6 +295,8 @@ def test_schedules_of_the_release() -> None:
     assert [v["lr"] for v in values][:4] == [0.0, 0.25, 0.5, 0.5]
     assert (values[0]["weight_decay"], values[10]["weight_decay"]) == (pytest.approx(0.04), 0.1)
     assert (values[0]["teacher_momentum"], values[10]["teacher_momentum"]) == (0.996, 1.0)
+    warm = method(temperature_epochs=4)
+    assert [warm.temperature(e) for e in (0, 1, 3, 9)] == pytest.approx([0.04, 0.05, 0.07, 0.07])
     assert [warmup_temperature(e, 0.04, 0.07, 4) for e in (0, 1, 3, 9)] == pytest.approx([0.04, 0.05, 0.07, 0.07])
 
 

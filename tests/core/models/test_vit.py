@@ -70,6 +70,7 @@ def test_a_grid_with_as_many_patches_but_another_shape_does_not_get_the_table_as
 
 def test_released_rule_samples_at_an_offset_and_the_exact_rule_does_not() -> None:
     table = torch.randn(1, 1 + 16, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vits.resize_pos_embed(table, (4, 4), (4, 4), 1), table)
     exact = vits.resize_pos_embed(table, (4, 4), (6, 6), 1, offset=None)
     released = vits.resize_pos_embed(table, (4, 4), (6, 6), 1)
     image = table[:, 1:].reshape(1, 4, 4, 3).permute(0, 3, 1, 2)

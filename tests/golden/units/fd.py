@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +14,33 @@ from core.data import mix, pillow
 from core.evaluate import diagnostics, landscape, lars_probe
 from core.losses import soft_cross_entropy
 from core.methods.base import Batch, Features
-from core.methods.fd import Fd, FdModel, FdOptions, fd_loss, tokens_of, whiten
+from core.methods.fd import Fd, FdOptions, tokens_of, whiten
 from core.methods.finetune import Classifier
 from core.models import vit as vits
 from core.models.drop_path import SampleDropPath, use_sample_drop_path
 from core.models.fused import fuse_attention
 from core.models.rel_pos import relative_bias, relative_index, resize_table
+from core.models.students import create
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
-from core.recipe import Teacher
+from core.recipe import Teacher, Train
 from tests.golden.networks import tensor
-from tests.golden.networks_fd import CLIP, SWIN, beit, describe, loaded, meta, params, plain_vit, sides, student, swin
+from tests.golden.networks_fd import (
+    CLIP,
+    SWIN,
+    VIT,
+    describe,
+    described,
+    in_module,
+    in_timm,
+    loaded,
+    meta,
+    params,
+    plain_vit,
+    sides,
+    student,
+    swin,
+)
 from tests.golden.runner import Case, Check, Unit, elsewhere
 
 Checks = Iterator[Check]
@@ -44,8 +59,9 @@ def clip_renorm(case: Case) -> Checks:
 
 def clip_teacher_fwd(case: Case) -> Checks:
     hp = meta(case)
-    model = plain_vit(to_timm(params(case), "clip"), hp["heads"], hp["res"], CLIP)
-    info = describe(hp["width"], hp["layers"], hp["patch"], hp["res"])
+    model = plain_vit(to_timm(params(case), "clip"), hp["heads"], hp["res"], CLIP, hp.get("norm_eps"))
+    info = described(model, hp["res"])
+    yield "sizes", [info.dim, info.depth, info.patch], [hp["width"], hp["layers"], hp["patch"]], 0.0
     teacher = FrozenTeacher(Teacher(name=CLIP, weights="random", normalize="own"), model, info, info)
     x = tensor(case["x"])
     features = teacher(x)
@@ -59,10 +75,9 @@ def clip_teacher_fwd(case: Case) -> Checks:
 def vit_teacher_fwd(case: Case) -> Checks:
     hp = meta(case)
     model = plain_vit(to_timm(params(case), "dino"), hp["num_heads"], hp["img_size"], norm_eps=hp.get("norm_eps"))
-    info = describe(hp["embed_dim"], hp["depth"], hp["patch_size"], hp["img_size"])
-    features = FrozenTeacher(Teacher(name="vit_base_patch16_224", weights="random"), model, info, info)(
-        tensor(case["x"])
-    )
+    info = described(model, hp["img_size"])
+    yield "sizes", [info.dim, info.depth, info.patch], [hp["embed_dim"], hp["depth"], hp["patch_size"]], 0.0
+    features = FrozenTeacher(Teacher(name=VIT, weights="random"), model, info, info)(tensor(case["x"]))
     with torch.no_grad():
         yield "raw", vits.forward_taps(model, tensor(case["x"]))[-1], case["raw"], 1e-11
     yield "post", torch.cat([features.cls[:, None], features.patch], 1), case["post"], 1e-11
@@ -73,9 +88,7 @@ def swin_teacher_fwd(case: Case) -> Checks:
     model = loaded(swin(hp, SWIN), params(case), "swin")
     found: list[Tensor] = []
     model.norm.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
-    side = hp["img_size"] // hp["patch_size"] // 2 ** (len(hp["depths"]) - 1)
-    info = describe(model.num_features, sum(hp["depths"]), hp["img_size"] // side, hp["img_size"], prefix=0,
-                    is_vit=False)  # fmt: skip
+    info = described(model, hp["img_size"])
     teacher = FrozenTeacher(Teacher(name=SWIN, weights="random", cls="pooled"), model, info, info)
     post = teacher(tensor(case["x"])).patch
     yield "raw", found[0].flatten(1, 2), case["raw"], 1e-11
@@ -83,18 +96,20 @@ def swin_teacher_fwd(case: Case) -> Checks:
 
 
 def vit_student_fwd(case: Case) -> Checks:
-    model = loaded(beit(meta(case), shared=True), params(case), "beit").train()
+    """Biases of keys add the same to all scores of a query: the product has none, and their gradients are 0."""
+    model = loaded(student(meta(case)), params(case), "beit").train()
     fuse_attention(model)
     z = tokens_of(model, tensor(case["x"]))
     yield "z", z, case["z"], 1e-11
     (z * tensor(case["probe"])).sum().backward()
     own = dict(model.named_parameters())
     for name, want in case.below("grad/").items():
-        yield f"grad/{name}", own[name].grad, want, 1e-11
+        found = in_timm(name, "beit")
+        yield f"grad/{name}", own[found].grad if found else np.zeros_like(want), want, 1e-11
 
 
 def vit_student_droppath(case: Case) -> Checks:
-    model = loaded(beit(meta(case), shared=True), params(case), "beit").train()
+    model = loaded(student(meta(case)), params(case), "beit").train()
     use_sample_drop_path(model)
     fuse_attention(model)
     paths = [(block.drop_path1, block.drop_path2) for block in model.blocks]
@@ -116,7 +131,8 @@ def swinv2_student_fwd(case: Case) -> Checks:
     for name, want in case.below("coords/").items():
         yield f"coords/{name}", dict(model.named_buffers())[name], want, 5e-5
     with torch.no_grad():
-        yield "z by timm", tokens_of(model, x), case["z"], 5e-5
+        if not hp.get("use_shared_rel_pos_bias"):
+            yield "z by timm", tokens_of(model, x), case["z"], 5e-5
         fuse_attention(model)
         yield "z", tokens_of(model, x), case["z"], 5e-5
 
@@ -131,42 +147,40 @@ def vit_finetune_fwd(case: Case) -> Checks:
 def classifier(case: Case, prefix: str = "param/") -> Classifier:
     """The fine-tuning network with a case's weights, in float64 and evaluation mode."""
     hp, state = meta(case), params(case, prefix)
-    model = Classifier(beit(hp, shared=False), hp["embed_dim"], hp["num_classes"]).double().eval()
+    network = student(hp)
+    model = Classifier(network, network.num_features, hp["num_classes"]).double().eval()
     fuse_attention(model)
-    model.load_state_dict({f"{'' if k.startswith('head.') else 'encoder.'}{k}": v for k, v in state.items()})
+    model.load_state_dict({in_module(k, hp): v for k, v in state.items() if in_module(k, hp)})
     return model
 
 
 def whiten_smooth_l1(case: Case) -> Checks:
     hp = meta(case)
-    norm = nn.LayerNorm(case["teacher_raw"].shape[-1], eps=hp["teacher_norm_eps"]).double().requires_grad_(False)
+    width = case["teacher_raw"].shape[-1]
+    sizes = {"embed_dim": width, "num_heads": 1, "depth": 0, "img_size": 16, "norm_eps": hp["teacher_norm_eps"]}
+    norm: Any = create(VIT, sizes, None, "teacher").norm.double().requires_grad_(False)
     norm.load_state_dict({"weight": tensor(case["teacher_norm_weight"]), "bias": tensor(case["teacher_norm_bias"])})
     after = norm(tensor(case["teacher_raw"]))
     yield "teacher_after_norm", after, case["teacher_after_norm"], 1e-12
-    target = whiten(after, hp["whiten_eps"])
+    settings = Train(precision="fp32")
+    method, batch = Fd(FdOptions(beta=hp["beta"], whiten_eps=hp["whiten_eps"]), settings, 1), Batch({})
+    patches = after.shape[1] - 1
+    info = describe(case["z"].shape[-1], 1, 1, patches)
+    model = method.build(nn.Identity(), info, {"teacher": describe(width, 1, 1, patches)}).double()
+    method._grid = method._grids["teacher"] = (1, patches)  # the case has tokens and no image
+    (target,) = method.targets({"teacher": Features(after[:, 0], after[:, 1:])}, batch)
     yield "whitened", target, case["whitened"], 1e-12
-    model = FdModel(nn.Identity(), case["z"].shape[-1], [after.shape[-1]], (0, 0)).double()
     weight, bias = tensor(case["decoder_weight"]), tensor(case["decoder_bias"])
     model.load_state_dict({"decoder.0.weight": weight.squeeze(-1), "decoder.0.bias": bias})
     z = tensor(case["z"]).requires_grad_()
     rec = model.decoder[0](z)
-    loss = fd_loss(rec, target, hp["beta"])
+    loss = method.losses([rec], [target], batch)[0]
     loss.backward()
     yield "rec", rec, case["rec"], 1e-12
     yield "loss", loss, case["loss"], 1e-12
     yield "grad_z", z.grad, case["grad_z"], 1e-12
     yield "grad_decoder_weight", model.decoder[0].weight.grad[..., None], case["grad_decoder_weight"], 1e-12
     yield "grad_decoder_bias", model.decoder[0].bias.grad, case["grad_decoder_bias"], 1e-12
-    settings = importlib.import_module("core.config").Train(precision="fp32")
-    method = Fd(FdOptions(beta=hp["beta"]), settings, 1)
-    count = after.shape[1] - 1
-    one = describe(after.shape[-1], 1, 1, count)
-    method.build(nn.Identity(), one, {"teacher": one})
-    method._grid = method._grids["teacher"] = (1, count)
-    batch = Batch({})
-    targets = method.targets({"teacher": Features(after[:, 0], after[:, 1:])}, batch)
-    yield "whitened by the method", targets[0], whiten(after), 1e-12
-    yield "loss of the method", method.losses([rec], [target], batch)[0], case["loss"], 1e-12
 
 
 def rel_pos_bias(case: Case) -> Checks:
@@ -267,12 +281,11 @@ def diag_attention(case: Case) -> Checks:
 
 def landscape_tiny(case: Case) -> Checks:
     model = classifier(case)
-    names = {name: name.removeprefix("encoder.") for name, _ in model.named_parameters()}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     directions = []
     for number in (1, 2):
-        raw = params(case, f"raw{number}/")
-        directions.append(landscape.filter_normalised({k: raw[n] for k, n in names.items()}, weights))
+        raw = {in_module(name, meta(case)): value for name, value in params(case, f"raw{number}/").items()}
+        directions.append(landscape.filter_normalised({name: raw[name] for name in weights}, weights))
     parts = {"head": "head.weight", "patch": "encoder.patch_embed.proj.weight"}
     for key in (key for key in case if re.fullmatch(r"dir\d_(head|patch)", key)):
         yield key, directions[int(key[3]) - 1][parts[key[5:]]], case[key], 1e-10

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from core.data import udi_geometry as geometry
 from core.data.udi_crops import Linking
-from core.losses_udi import LEVELS, combine, udi_loss, warmup_temperature
+from core.inputs import schedule
+from core.losses_udi import LEVELS, NAMES, combine, udi_loss
+from core.methods.udi import Udi, UdiOptions
 from core.models.srs import SampledAttention, dense_maps
 from core.models.udi_heads import Centre, ProjectionHead
-from core.schedules import warmup_cosine
+from core.recipe import Train
 from tests.golden.networks import tensor
 from tests.golden.runner import Case, Check, Unit, elsewhere
 
@@ -22,9 +25,7 @@ Checks = Iterator[Check]
 
 def entries(case: Case) -> list[str]:
     """Prefixes cK_ of a case's numbered parts."""
-    return [
-        f"c{k}_" for k in sorted({int(key[1:].split("_")[0]) for key in case if key[0] == "c" and key[1].isdigit()})
-    ]
+    return [f"c{k}_" for k in range(int(case["n"]))]
 
 
 # ---- crops
@@ -34,9 +35,9 @@ def crop_params(case: Case) -> Checks:
     attempts, sizes = case["attempts"], case["size_hw"]
     ratio = (float(case["ratio"][0]), float(case["ratio"][1]))
     shape, fitted = geometry.fitting_boxes(attempts[..., 0], attempts[..., 1], sizes, ratio)
-    place = np.where(fitted[:, None], case["ij_draw"], (sizes - shape) // 2)
-    boxes = np.concatenate([place, shape], axis=1)
     yield "fitted", fitted, case["ij_draw"][:, 0] >= 0, 0.0
+    drawn = (case["ij_draw"] + 0.5) / (sizes - shape + 1)  # the middle of the draws that give this corner
+    boxes = geometry.placed(shape, fitted, sizes, drawn)
     if "ref" in case:
         boxes = geometry.pull(boxes, case["ref"], sizes, released_slip=True)
     yield "box_ijhw", boxes, case["box_ijhw"], 0.0
@@ -120,9 +121,7 @@ def srs_attention(case: Case) -> Checks:
 
 def head(case: Case) -> Checks:
     params = {name: tensor(array) for name, array in case.below("param/").items()}
-    hidden, dim = params["mlp.0.weight"].shape
-    out, bottleneck = params["last_layer.weight_v"].shape
-    module = ProjectionHead(dim, hidden, bottleneck, out, not bool(case["norm_last_layer"])).double()
+    module = projection_head(params, not bool(case["norm_last_layer"])).double()
     module.load_state_dict(params, strict=True)
     x = tensor(case["x"]).requires_grad_()
     y = module(x)
@@ -136,11 +135,19 @@ def head(case: Case) -> Checks:
             yield f"grad/{name}", grad, case[f"grad/{name}"], 1e-8
 
 
+def projection_head(state: Mapping[str, Tensor], train_gain: bool) -> ProjectionHead:
+    """Of a released state dict's sizes; a head of one layer has it under `mlp` itself."""
+    layers = [value for name, value in state.items() if re.fullmatch(r"mlp(\.\d+)?\.weight", name)]
+    (hidden, dim), (out, bottleneck) = layers[0].shape, state["last_layer.weight_v"].shape
+    return ProjectionHead(dim, hidden, bottleneck, out, train_gain, len(layers))
+
+
 # ---- loss
 
 
 def loss(case: Case) -> Checks:
     centre = _centre(case)
+    yield "K", centre.center.shape[-1], case["K"], 0.0
     count, batch = int(case["n_local"]), int(case["batch"])
     mixed, patch = int(case["num_cls"]) > 1, bool(case["include_patch"])
     levels = [level for level in LEVELS if level == "cls" or (mixed if level == "mixed" else patch)]
@@ -161,9 +168,8 @@ def loss(case: Case) -> Checks:
                                 student_temperature=float(case["student_temp"]), weights=case["weights"])  # fmt: skip
         value.backward()
         yield f"{at}loss", value, case[f"{at}loss"], 1e-6
-        names = {"cls": "cl", "mixed": "mcl", "patch": "pch"}
         for kind in ("global", "local"):
-            own = [float(parts.get(f"{kind[0]}_{names[level]}", -1.0)) for level in levels]
+            own = [float(parts.get(f"{kind[0]}_{NAMES[level]}", -1.0)) for level in levels]
             yield f"{at}parts_{kind}", own, case[f"{at}parts_{kind}"], 1e-6
         for key, leaf in given.items():
             name = f"{at}grad_{key.removeprefix(f'{at}student_')}"
@@ -215,26 +221,26 @@ def schedules(case: Case) -> Checks:
         yield from schedules_finetune(case)
         return
     hp = {name: float(value) for name, value in case.below("hp_").items()}
-    steps = int(hp["epochs"] * hp["niter"])
-    curves = {
-        "lr": (hp["lr"] * hp["global_batch"] / 256, hp["min_lr"], int(hp["warmup_epochs"] * hp["niter"])),
-        "wd": (hp["wd"], hp["wd_end"], 0),
-        "momentum": (hp["momentum"], 1.0, 0),
-    }
-    for name, (base, final, warmup) in curves.items():
-        curve = [warmup_cosine(i, base=base, final=final, steps=steps, warmup=warmup) for i in range(steps)]
-        yield name, curve, case[name], 1e-10
-    span = hp["warmup_temp"], hp["temp"], int(hp["warmup_temp_epochs"])
-    yield "temp", [warmup_temperature(epoch, *span) for epoch in range(int(hp["epochs"]))], case["temp"], 1e-10
+    batch, epochs = int(hp["global_batch"]), int(hp["epochs"])
+    settings = Train(batch=batch, micro_batch=batch, lr=hp["lr"], lr_batch=256, min_lr=hp["min_lr"], epochs=epochs,
+                     warmup_epochs=hp["warmup_epochs"], weight_decay=hp["wd"])  # fmt: skip
+    options = UdiOptions(momentum=hp["momentum"], weight_decay_end=hp["wd_end"],
+                         temperature=(hp["warmup_temp"], hp["temp"]),
+                         temperature_epochs=int(hp["warmup_temp_epochs"]), out=1)  # fmt: skip
+    method = Udi(options, *schedule(settings, int(hp["niter"]) * batch))
+    values = [method.schedules(step) for step in range(method.steps)]
+    for name, own in (("lr", "lr"), ("wd", "weight_decay"), ("momentum", "teacher_momentum")):
+        yield name, [value[own] for value in values], case[name], 1e-10
+    yield "temp", [method.temperature(epoch) for epoch in range(epochs)], case["temp"], 1e-10
 
 
 def schedules_finetune(case: Case) -> Checks:
     for name in sorted(key.removesuffix("_args") for key in case if key.endswith("_args")):
         base, final, epochs, per_epoch, warmup_epochs, warmup_steps = (float(v) for v in case[f"{name}_args"])
-        steps = int(epochs * per_epoch)
-        warmup = int(warmup_steps if warmup_steps > 0 else warmup_epochs * per_epoch)
-        curve = [warmup_cosine(i, base=base, final=final, steps=steps, warmup=warmup) for i in range(steps)]
-        yield name, curve, case[name], 1e-10
+        settings = Train(batch=1, micro_batch=1, lr=base, lr_batch=0, min_lr=final, epochs=int(epochs),
+                         warmup_epochs=warmup_epochs, warmup_steps=int(warmup_steps) or -1)  # fmt: skip
+        method = Udi(UdiOptions(out=1), *schedule(settings, int(per_epoch)))
+        yield name, [method.schedules(step)["lr"] for step in range(method.steps)], case[name], 1e-10
 
 
 UNITS: dict[str, Unit] = {
