@@ -25,17 +25,22 @@ def _warms_up_for_part_of_an_epoch(recipe: Recipe) -> bool:
     return any(s.warmup_steps < 0 and not float(s.warmup_epochs).is_integer() for s in stages)
 
 
-def _leaves_a_swin_timm_s_drop_path(recipe: Recipe) -> bool:
+# Parts of the names of timm's networks that have stochastic depth of their own where nothing is said.
+OWN_DROP_PATH = ("swin", "focalnet", "tiny_vit", "fasternet", "nest_", "nextvit", "efficientformerv2", "cpubone")
+
+
+def _left_timm_s_drop_path(recipe: Recipe) -> bool:
     students = [recipe.at(name).student for name in recipe.stage_names()]
-    return any("swin" in s.name and not s.drop_path and "drop_path_rate" not in s.args for s in students)
+    unsaid = [s.name for s in students if not s.drop_path and "drop_path_rate" not in s.args]
+    return any(part in name for name in unsaid for part in OWN_DROP_PATH)
 
 
 # In the order in which they were made; one is never taken out, as its place is what recipes remember.
 CHANGES = (
     Change("2026-12-01", "a warm-up of parts of an epoch is rounded down to steps; before, to the nearest step",
            _warms_up_for_part_of_an_epoch),
-    Change("2026-12-01", "student.drop_path: 0 leaves out no path of a Swin; before, it left timm's rate of 0.1",
-           _leaves_a_swin_timm_s_drop_path),
+    Change("2026-12-01", "student.drop_path: 0 leaves out no path of any network; before, it left timm's own rate, "
+           "0.1 in a Swin", _left_timm_s_drop_path),
 )  # fmt: skip
 CURRENT = len(CHANGES)
 

@@ -41,10 +41,11 @@ def test_a_change_without_effect_on_a_recipe_leaves_it_alone(recipe: Recipe) -> 
         (Student("swinv2_base_window8_256"), True),
         (Student("swin_tiny_patch4_window7_224", drop_path=0.2), False),
         (Student("swin_tiny_patch4_window7_224", {"drop_path_rate": 0.0}), False),
+        (Student("focalnet_tiny_srf"), True),
         (Student("vit_base_patch16_224"), False),
     ],
 )
-def test_the_drop_path_of_a_swin_without_one(student: Student, bears: bool) -> None:
+def test_the_drop_path_of_a_network_without_one(student: Student, bears: bool) -> None:
     recipe = dataclasses.replace(toy.recipe(), student=student)
     assert bool(numerics.made_since(at(recipe, 0))) == bears
 
