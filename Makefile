@@ -5,12 +5,15 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 OPTIONS := RECIPE RUN SET PROFILE LAUNCHER STORE DRY FRESH DIRTY DETACH JSON EVAL FORMAT GPU GPUS NPROC FORCE DAYS SRC DST SPLIT SHORT QUALITY WORKERS \
-	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS START QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON
+	LICENCE TAIL CLUSTER SWEEP AFTER RANK FOLLOW METHOD CHECKPOINT DATA CODECS START QUICK BASE TAG TARGET VIEWS CODEC VERIFY ADVISE SELECT PYTHON RUNS SEED RECORD
 VERBS := recipes teachers plan doctor submit status logs cancel resume shards features eval export report gc image manifests
 
 # Values reach Python exactly as they were given: neither make nor a shell looks inside, so $(...) and quotes are text.
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
+
+# Python takes Retort from here, and nothing from whatever folder its processes work in.
+JOBS := PYTHONSAFEPATH=1 PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" .venv/bin/python -m jobs
 
 # Each process takes whole files, the longest first, and computes in one thread: more would wait for each other's.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder
@@ -29,9 +32,9 @@ setup:  ## the virtual environment from the lock file, when it is missing or sta
 
 demo:  ## the whole journey on this machine, in minutes
 	@"$$PYTHON" jobs/bootstrap.py demo
-	@.venv/bin/python -m jobs demo
+	@$(JOBS) demo
 
-test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes
+test: setup  ## what anybody can run: unit tests, golden cases, a whole run of each journey; minutes [RECORD=1: into tests/durations.json]
 	@$(PYTEST) -n logical --maxprocesses 4 --ignore tests/system
 	@echo "left out: whole runs with a real S3 server, SLURM, Ray and the image: make test-system (root, and the packages of make packages)"
 
@@ -52,14 +55,14 @@ lint: setup  ## ruff, mypy and hadolint
 	@.venv/bin/hadolint docker/Dockerfile
 
 $(VERBS): setup
-	@.venv/bin/python -m jobs $@
+	@$(JOBS) $@
 
 bench: setup
 	@if [ -n "$$CHECKPOINT" ]; then .venv/bin/python -m tests.perf.checkpoint; \
 	elif [ -n "$$DATA" ]; then .venv/bin/python -m tests.perf.data; \
 	elif [ -n "$$CODECS" ]; then .venv/bin/python -m tests.perf.codecs; \
 	elif [ -n "$$START" ]; then .venv/bin/python -m tests.perf.start; \
-	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else .venv/bin/python -m jobs bench; fi
+	elif [ -n "$$METHOD" ]; then .venv/bin/python -m tests.perf; else $(JOBS) bench; fi
 
 # What the verbs above do, for `make help`:
 recipes:  ## table of recipes

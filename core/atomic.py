@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMP = ".tmp-"  # names a file that is being written: reserved, never listed
+OWN_TEMP = re.compile(re.escape(TEMP) + "[0-9a-f]{32}")  # as they are made here: others may use the prefix as well
 
 
 def publish(path: Path, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from core import machine
 from core.comm import Comm, Wishes
 from core.config import fingerprint
 from core.courier import Courier, Delivery, Fate
@@ -44,7 +45,7 @@ class Attempt:
         """Claim the run.  skip: rewind, and leave these steps out.  Raises SupersededError, StoreError."""
         self.recipe, self.run, self.number, self.comm = recipe, run, number, comm
         self.identity, settings = fingerprint(recipe), recipe.checkpoint
-        spool = Spool(settings.spool, run)
+        spool = Spool(machine.folder(machine.SPOOL, settings.spool), run)
         accepted = [self.identity, *settings.accept]
         begun = begin(run, accepted, number, comm, spool, skip)
         self.claim, self.manifest = begun.claim, begun.manifest  # the checkpoint to go on from

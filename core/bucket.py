@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -132,12 +133,13 @@ class S3Store(Store):
         with ThreadPoolExecutor(self.options.threads) as pool:
             list(pool.map(remove, keys, targets))
 
-    def abandoned(self, older_s: float, remove: bool) -> int:
+    def abandoned(self, older_s: float, own: Callable[[str], bool], remove: bool) -> int:
         query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix}
-        found, before = [], time.time() - older_s
+        found, before = [], self.now() - older_s
         while True:
             page = self._run("", partial(_uploads, dict(query)))
-            found += [u for u in page.get("Uploads", ()) if u["Initiated"].timestamp() <= before]
+            old = [upload for upload in page.get("Uploads", ()) if upload["Initiated"].timestamp() <= before]
+            found += [upload for upload in old if own(upload["Key"][len(self.prefix) :])]
             if not page.get("IsTruncated"):
                 break
             query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -145,6 +147,15 @@ class S3Store(Store):
             target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._run(upload["Key"], partial(_abort, target))
         return len(found)
+
+    def now(self) -> float:
+        query = {"Bucket": self.bucket, "Prefix": self.prefix, "MaxKeys": 1}
+        answer = self._run("", lambda client: client.list_objects_v2(**query))
+        try:
+            return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        except (KeyError, ValueError):
+            host = self._link.host()
+            raise StoreError(f"{self.uri}: {host} does not say what time it is: the age of nothing is known") from None
 
     def sub(self, prefix: str) -> S3Store:
         store = S3Store(f"{self.uri}/{check_key(prefix.rstrip('/'), 'prefix')}", self.options)

@@ -6,19 +6,23 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
+from core.private import flaw, locked, private_folder
 from core.storage import PIECE, Store, StoreError, crc32c, local_errors
 
 PART = ".part"  # a folder holding one unfinished download
+OURS = re.compile(rf"[0-9a-f]{{40}}-[0-9a-f]{{8}}({re.escape(PART)})?")  # other names are never touched
+LOCKS, MARK = "locks", "locks/retort-shards"  # the mark says that the folder is a cache
 STRIPES = 3  # hexadecimal digits: 4096 lock files, however many shards come and go
 HELD_S = 60.0  # what was fetched or marked so recently is in use: it makes no room for what is fetched ahead
 
@@ -46,12 +50,13 @@ class _Wanted(NamedTuple):
 
 
 class ShardCache:
-    """A folder shared by any number of processes, kept below `limit_bytes` by dropping what was fetched longest ago.
+    """A folder shared by this user's processes, kept below `limit_bytes` by dropping what was fetched longest ago.
 
     Open what `fetch` returns at once: another process may drop the name at any time (an open file stays readable). On
     `FileNotFoundError`, fetch again. Files are named by store, key and checksum, so a rewritten shard is another file.
     A file's time of change says when it was used last. Nothing is flushed to the disk: what has not been used since
-    the machine started, and so may never have got there, is verified again.
+    the machine started, and so may never have got there, is verified again. A folder that holds anything else, or that
+    others could write to, is refused, and names that are not a cache's are never touched.
 
     ahead: how many shards a reader has fetched before it needs them.
     """
@@ -61,6 +66,11 @@ class ShardCache:
         self.limit_bytes = limit_bytes
         self.ahead = ahead
 
+    def check(self) -> None:
+        """Raises StoreError where the folder cannot be this user's cache; makes and changes nothing."""
+        with self._errors():
+            self._claim(make=False)
+
     def fetch(self, store: Store, key: str, size: int, crc: int) -> Path:
         """Local copy of `key`, whose size in bytes and CRC32C are known.
 
@@ -68,6 +78,7 @@ class ShardCache:
         """
         wanted = self._wanted(store, key, size, crc)
         with self._errors():
+            self._claim()
             if not _used(wanted.path, size):
                 with self._lock(wanted.path.name[:STRIPES]):
                     if not self._has(wanted):  # else another process was faster
@@ -84,6 +95,7 @@ class ShardCache:
         """
         wanted = self._wanted(store, key, size, crc)
         with self._errors():
+            self._claim()
             if not _used(wanted.path, size):
                 with suppress(BlockingIOError), self._lock(wanted.path.name[:STRIPES], fcntl.LOCK_NB):
                     if not self._has(wanted):
@@ -100,6 +112,22 @@ class ShardCache:
             raise StoreError(f"{uri} has {size} bytes, {limit}: raise loader.cache_gb or write smaller shards")
         name = f"{hashlib.sha256(uri.encode()).hexdigest()[:40]}-{crc:08x}"
         return _Wanted(store, key, size, crc, self.folder / name)
+
+    def _claim(self, make: bool = True) -> None:
+        """Make the folder this user's cache, or see that it is one: anybody may have been faster in a shared place."""
+        mark = self.folder / MARK
+        marked = mark.exists()
+        found = os.listdir(self.folder) if not marked and self.folder.is_dir() else []
+        if foreign := sorted(name for name in found if name != LOCKS and not OURS.fullmatch(name)):
+            raise StoreError(f"shard cache {self.folder}: it holds what is not Retort's, such as {foreign[0]}: name an "
+                             "empty or a new folder in loader.cache_dir or RETORT_CACHE")  # fmt: skip
+        if make:
+            private_folder(self.folder)
+            if not marked:
+                private_folder(self.folder / LOCKS)
+                mark.touch(0o600)
+        elif wrong := flaw(self.folder):
+            raise PermissionError(errno.EPERM, wrong)
 
     def _has(self, wanted: _Wanted) -> bool:
         """Whether the file is there, and whole if this machine has restarted since it came.  Under the file's lock."""
@@ -166,20 +194,12 @@ class ShardCache:
 
     def _reap(self) -> None:
         """Removes what killed processes have left half downloaded."""
-        for part in self.folder.glob(f"*{PART}"):
+        for part in [path for path in self.folder.glob(f"*{PART}") if OURS.fullmatch(path.name)]:
             with suppress(BlockingIOError), self._lock(part.name[:STRIPES], fcntl.LOCK_NB):
                 shutil.rmtree(part, ignore_errors=True)
 
-    @contextmanager
-    def _lock(self, name: str, flags: int = 0) -> Iterator[None]:
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with (locks / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | flags)
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # said aloud: a process forked meanwhile holds the same open file
+    def _lock(self, name: str, flags: int = 0) -> AbstractContextManager[None]:
+        return locked(self.folder / LOCKS / name, flags)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -226,7 +246,8 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:  # a download may end, and its folder go, meanwhile
         for entry in entries:
             with suppress(FileNotFoundError):
-                if entry.name.endswith(PART):
+                ours = OURS.fullmatch(entry.name)
+                if ours and entry.is_dir(follow_symlinks=False):
                     yield from _files(Path(entry.path))
-                elif entry.is_file():
+                elif ours and entry.is_file(follow_symlinks=False):
                     yield Path(entry.path), entry.stat()

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core import manifest as manifests
+from core import small_json
 from core.manifest import CheckpointError, Manifest, Window
 from core.storage import MissingObject, Store, StoreError, crc32c
 
@@ -77,7 +78,7 @@ def read(run: Store, number: int) -> Entry:
 
 def _parse(run: Store, number: int) -> Entry:
     try:
-        body: dict[str, Any] = json.loads(run.get(key(number)))
+        body: dict[str, Any] = small_json.read(run, key(number), dict, small_json.LARGE)
         if body["schema"] != SCHEMA:
             raise CheckpointError(f"{key(number)}: checkpoint schema {body['schema']}, this Retort reads {SCHEMA}")
         if body.pop("crc32c") != _sum(body):
@@ -87,7 +88,9 @@ def _parse(run: Store, number: int) -> Entry:
             return replace(manifests.from_json(content), number=number)
         skipped = tuple((int(first), int(last)) for first, last in content["skipped"])
         return Claim(**{**content, "skipped": skipped, "number": number})
-    except (ValueError, TypeError, KeyError) as error:
+    except small_json.Unreadable as error:
+        raise CheckpointError(f"{key(number)}: unreadable: {error.why}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{key(number)}: unreadable: {error}") from None
 
 

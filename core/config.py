@@ -16,12 +16,13 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
-from core import numerics
+from core import machine, numerics
 from core.limits import check_value
 from core.merge import ConfigError as ConfigError
-from core.merge import Overlay, flatten, load_yaml, merge, nested, parse, read, to_object, without
+from core.merge import Overlay, TooLarge, flatten, load_yaml, merge, nested, parse, read, to_object, without
 from core.merge import nearest as nearest
 from core.models import known
+from core.models.arguments import check_arguments
 from core.recipe import PARTS, SCHEMA, Data, Recipe, Train
 
 RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
@@ -83,6 +84,8 @@ def check(recipe: Recipe) -> None:
         for name in getattr(recipe, group):
             if not re.fullmatch(NAME, name):
                 raise ConfigError(f"{group}: the name {name!r} must be made of letters, digits, _ and -")
+    for name, teacher in recipe.teachers.items():
+        check_arguments(teacher.args, f"teachers.{name}")
     flat = flatten(without(to_dict(recipe), "stages"))
     for stage in recipe.stage_names():
         prefix = f"stages.{stage}" if recipe.stages else "train"
@@ -90,6 +93,7 @@ def check(recipe: Recipe) -> None:
         own = recipe.at(stage)
         _check_weights(own.data)
         parts = recipe.stages.get(stage, {}).keys() & PARTS.keys()
+        check_arguments(own.student.args, f"{prefix}.student" if "student" in parts else "student")
         flat |= flatten({f"{prefix}.{part}": dataclasses.asdict(getattr(own, part)) for part in parts})
     for key, value in flat.items():
         check_value(key, value, PARTS)
@@ -120,13 +124,13 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, loadable again by `from_yaml`."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))
+    """The resolved recipe, loadable again by `from_yaml`; without folders of this machine."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(machine.nowhere(recipe))))
 
 
 def from_yaml(text: str, file: str = "recipe.yaml") -> Recipe:
-    """A resolved recipe as stored in a run folder.  Raises ConfigError."""
-    recipe = cast(Recipe, to_object(merge(OmegaConf.structured(Recipe), Recipe, parse(text, file))))
+    """A resolved recipe as stored in a run folder; it names no folders of this machine.  Raises ConfigError."""
+    recipe = machine.nowhere(cast(Recipe, to_object(merge(OmegaConf.structured(Recipe), Recipe, parse(text, file)))))
     check(recipe)
     return recipe
 
@@ -191,8 +195,9 @@ def _override(item: str) -> Overlay:
         raise ConfigError(f"SET: {item!r} is not of the form key=value, for example train.steps=100")
     try:
         value = load_yaml(text) if text else ""  # key= empties a field
-    except yaml.YAMLError:
-        raise ConfigError(f"SET {key}: {text!r} is not a valid YAML value") from None
+    except yaml.YAMLError as error:
+        why = f": {error}" if isinstance(error, TooLarge) else ""
+        raise ConfigError(f"SET {key}: {text[:200]!r} is not a valid YAML value{why}") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as a string
     return Overlay(nested(key, value), "SET")

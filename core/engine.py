@@ -40,10 +40,10 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def init_distributed(device: torch.device, store: Any = None) -> None:
-    """Join the process group of RANK and WORLD_SIZE, or adopt an existing one.
+def init_distributed(device: torch.device, store: Any) -> None:
+    """Join the process group of RANK and WORLD_SIZE.
 
-    store: torch's, where ranks have met already; else they meet at MASTER_ADDR, MASTER_PORT.
+    store: torch's, through which ranks meet. One that torch would make of MASTER_ADDR listens on every network.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -53,9 +53,8 @@ def init_distributed(device: torch.device, store: Any = None) -> None:
     if device.type == "cpu":  # the shared-memory op would need a compiler; gloo does not use it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if device.type == "cpu" else "nccl"
-    if store is not None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 

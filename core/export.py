@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from core import checkpoint, retention
+from core import checkpoint, retention, small_json
 from core.config import ConfigError, fingerprint, from_yaml
 from core.models.students import build_arguments
 from core.models.students import create as create_model
@@ -112,7 +112,7 @@ def verify(run: Store) -> float:
     from safetensors.torch import load
 
     student, _, size = load_student(run)
-    arguments = json.loads(run.get(f"{FOLDER}/config.json"))
+    arguments = small_json.read(run, f"{FOLDER}/config.json", dict)
     plain = timm.create_model(arguments.pop("model_name"), **arguments)
     plain.load_state_dict(load(run.get(f"{FOLDER}/model.safetensors")), strict=True)
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from core import small_json
 from core.comm import Comm
 from core.data.samples import MicroBatch
 from core.data.source import DataError
@@ -124,6 +125,6 @@ class Quarantine:
 
 def _stored(run: Store) -> set[str]:
     try:
-        return set(json.loads(run.get(BAD_SAMPLES)))
-    except MissingObject:
+        return set(map(str, small_json.read(run, BAD_SAMPLES, list, small_json.LARGE)))
+    except (MissingObject, small_json.Unreadable):  # then they are counted anew
         return set()

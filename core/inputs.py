@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from core import machine
 from core.cache import ShardCache
 from core.config import ConfigError
 from core.data.features import Beside, FeatureSource
@@ -23,6 +22,7 @@ from core.features.stored import Available, available
 from core.methods.base import Info, Method, Vectors
 from core.models.students import describe_student
 from core.models.teachers import describe_teachers
+from core.private import own_folder
 from core.recipe import Loader, Recipe, Teacher, Train
 from core.registry import at_stage, create
 from core.storage import resolve
@@ -117,6 +117,11 @@ def _companions(
 
 
 def shard_cache(loader: Loader) -> ShardCache:
-    """The node's cache: the recipe's folder, or one of this user's own in the system's temporary directory."""
-    own = Path(tempfile.gettempdir()) / f"retort-shards-{os.getuid()}"
-    return ShardCache(Path(loader.cache_dir) if loader.cache_dir else own, int(loader.cache_gb * 1e9), loader.ahead)
+    """The node's cache: where the command or this machine says, else a temporary folder of this user's.
+
+    Raises StoreError where that is not a cache of this user's.
+    """
+    given = machine.folder(machine.CACHE, loader.cache_dir)
+    cache = ShardCache(Path(given) if given else own_folder("shards"), int(loader.cache_gb * 1e9), loader.ahead)
+    cache.check()
+    return cache

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FOLDER = "checkpoints"
+MOST_RANKS = 1 << 20  # that a checkpoint can be of
 Window = tuple[int, int]  # first and last step, of the run, whose samples are left out
 
 
@@ -90,8 +91,21 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def from_json(content: dict[str, Any]) -> Manifest:
-    """Raises TypeError, KeyError, ValueError when it is something else."""
+    """Raises TypeError, KeyError, ValueError, AttributeError when it is something else."""
     content = {**content, "position": Position(**content["position"])}
     content["skipped"] = [(int(first), int(last)) for first, last in content["skipped"]]
     content["slices"] = [Slice(**s) for s in content["slices"]]
-    return Manifest(**content)
+    found = Manifest(**content)
+    if not _is_sound(found):
+        raise ValueError("it is no manifest of a checkpoint")
+    return found
+
+
+def _is_sound(m: Manifest) -> bool:
+    """Whether its fields are of their kinds."""
+    place = m.position
+    numbers = [m.claim, m.attempt, m.world, place.step, place.stage_step, place.samples, *(s.size for s in m.slices)]
+    numbers += [number for about in m.files.values() for number in (about["size"], about["crc32c"])]
+    whole = all(type(number) is int and number >= 0 for number in numbers) and m.world <= MOST_RANKS
+    names = all(isinstance(name, str) for name in (place.stage, m.fingerprint, *m.files, *m.shapes, *m.metrics))
+    return whole and names and type(m.created) in (int, float) and type(m.score) in (int, float, type(None))

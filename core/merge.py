@@ -14,7 +14,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.text import control, one_line
+
 REFUSALS = (OmegaConfBaseException, ValueError, TypeError, RecursionError)
+# Of a file of settings; with aliases a few lines can stand for any number of values, or for any depth of them.
+MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 2**18, 20_000, 32
+PROSE = ("about",)  # fields that nothing is made of: they may have several lines
 
 
 class ConfigError(ValueError):
@@ -58,11 +63,50 @@ class Yaml(yaml.SafeLoader):  # type: ignore[misc]
     }  # fmt: skip
 
 
+class TooLarge(yaml.YAMLError):  # type: ignore[misc]
+    """More than a file of settings holds."""
+
+
 def load_yaml(text: str) -> Any:
     """Plain data only, as `Yaml` constructs what its safe base does and nothing else.  Raises yaml.YAMLError."""
-    loader = Yaml(text)
+    return _construct(_compose(text))
+
+
+def _compose(text: str) -> Any:
+    """The nodes of a text of bounded size, each alias standing for one node.  Raises yaml.YAMLError."""
+    if len(text) > MAX_CHARACTERS:
+        raise TooLarge(f"{len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     try:
-        return loader.get_single_data()
+        node = yaml.compose(text, Loader=Yaml)
+        values, depth = _extent(node, {})
+    except RecursionError:
+        raise TooLarge("values lie too deep inside of each other") from None
+    if values > MAX_VALUES or depth > MAX_DEPTH:
+        raise TooLarge(
+            f"it stands for {values:,} values, {depth} deep; at most {MAX_VALUES:,} and {MAX_DEPTH} are read"
+        )
+    return node
+
+
+def _extent(node: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for with all aliases written out, and how deep they lie; each node is seen once."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise yaml.YAMLError("an alias stands inside of its own anchor")
+        return found
+    known[id(node)] = None
+    inside = node.value if isinstance(node, yaml.CollectionNode) else []
+    below = [_extent(each, known) for part in inside for each in (part if isinstance(part, tuple) else (part,))]
+    known[id(node)] = found = (1 + sum(n for n, _ in below), 1 + max((depth for _, depth in below), default=0))
+    return found
+
+
+def _construct(node: Any) -> Any:
+    loader = Yaml("")
+    try:
+        return None if node is None else loader.construct_document(node)
+    except (ValueError, OverflowError) as error:  # a date that is none, a number of too many digits
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 
@@ -70,7 +114,8 @@ def load_yaml(text: str) -> Any:
 def read(path: Path) -> Overlay:
     """Raises ConfigError."""
     try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:
+            return parse(file.read(MAX_CHARACTERS + 1), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
 
@@ -79,21 +124,26 @@ def parse(text: str, file: str) -> Overlay:
     """Raises ConfigError: not YAML, not a mapping, or a key given twice (YAML itself would take the last one)."""
     lines: dict[str, int] = {}
     try:
-        _index(yaml.compose(text, Loader=Yaml), "", lines, file)
-        values = load_yaml(text)
+        node = _compose(text)
+        _index(node, "", lines, file)
+        values = _construct(node)
+    except TooLarge as error:
+        raise ConfigError(f"{file}: too large for a file of settings: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: an alias stands inside of its own anchor") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: a recipe is a mapping of fields")
     return Overlay(values, file, lines)
 
 
 def merge(config: DictConfig, schema: type, overlay: Overlay) -> DictConfig:
-    """`config`, a structured configuration of dataclass `schema`, with the overlay's values.  Raises ConfigError."""
+    """`config`, a structured configuration of dataclass `schema`, with the overlay's values as they are written.
+
+    Raises ConfigError, also for what is no plain value: `${...}`, which would be filled in, and control characters.
+    """
+    _require_plain(overlay)
     for key, beside in _unknown(schema, overlay.values):
         hint = _suggest(schema, key, beside, overlay.prefix)
         raise ConfigError(f"{overlay.place(key)}: unknown field {_join(overlay.prefix, key)}{hint}")
@@ -130,6 +180,32 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return cast(dict[str, Any], value)
+
+
+def _require_plain(overlay: Overlay) -> None:
+    """Raises ConfigError: nothing is filled in here, and what scripts are made of is one line of text."""
+    for key, text in texts(overlay.values):
+        dotted = _join(overlay.prefix, key)
+        if "${" in text:
+            advice = "nothing is filled in here: write the value itself (in a line of shell, $NAME without braces)"
+            raise ConfigError(f"{overlay.place(key)}: {one_line(dotted)}: ${{...}} in {text[:200]!r}; {advice}")
+        if found := control(text, lines=dotted.partition(".")[0] in PROSE):
+            raise ConfigError(
+                f"{overlay.place(key)}: {one_line(dotted)}: must be one line, and {text[:200]!r} holds {found}"
+            )
+
+
+def texts(values: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among the values, keys included, with the dotted key of the field that it stands in."""
+    if isinstance(values, str):
+        yield above, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield above, str(key)
+            yield from texts(value, _join(above, str(key)))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from texts(value, above)
 
 
 def _index(node: Any, above: str, lines: dict[str, int], file: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import commits
+from core import commits, small_json
 from core.comm import Comm
 from core.commits import Claim
 from core.manifest import Manifest
@@ -146,7 +146,13 @@ def read_metrics(run: Store) -> list[dict[str, Any]]:
     behind = sorted(key for key in found if key.removesuffix(LIVE) not in names
                     and not (key.endswith(LIVE) and key.removesuffix(LIVE) in found))  # fmt: skip
     keys = [*names, *behind]
-    return [json.loads(line) for key in keys for line in run.get(key).decode().splitlines()]
+    return [row for key in keys for row in _rows(run, key)]
+
+
+def _rows(run: Store, key: str) -> list[dict[str, Any]]:
+    """Raises Unreadable."""
+    where, lines = f"{run.uri}/{key}", small_json.fetch(run, key, small_json.LARGE).splitlines()
+    return [small_json.parse(line, dict, f"{where}, line {n}") for n, line in enumerate(lines, 1)]
 
 
 def last_step(run: Store) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from core import manifest as manifests
+from core import small_json
 from core.manifest import Manifest, part
 from core.snapshot import Part
 from core.storage import Store
@@ -32,7 +33,7 @@ def collect(run: Store, key: str) -> Manifest | str | None:
         return None
     try:
         return _whole(run, key, sizes)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{key}: a part's description is unreadable: {error}"
 
 
@@ -58,5 +59,5 @@ def _whole(run: Store, key: str, sizes: dict[str, int]) -> Manifest | str | None
 
 
 def _read(run: Store, key: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(run.get(key))
+    content: dict[str, Any] = small_json.read(run, key, dict, small_json.LARGE)
     return content

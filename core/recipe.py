@@ -123,7 +123,7 @@ class Launch:
 class Loader:
     workers: int = 4  # processes per rank
     prefetch: int = 4  # micro-batches per worker
-    cache_dir: str = ""  # node-local shard cache; "" = a folder in the system's temporary directory
+    cache_dir: str = ""  # node-local shard cache, never stored; "" = RETORT_CACHE, else one in the temporary directory
     cache_gb: float = 200.0
     ahead: int = 32  # shards that a rank has fetched before they are read, cache permitting; 0 = none
 
@@ -136,7 +136,7 @@ class Checkpoint:
     keep_best: int = 0  # and so many with the lowest loss on held-out images
     pending: int = 4  # on their way to the store at once; further ones are passed over
     patience_s: float = 600.0  # store silent for so long, and `pending` used up: save on this node's disk and leave
-    spool: str = ""  # folder of this node, or one that nodes share; "" = one in the system's temporary directory
+    spool: str = ""  # of this node, or that nodes share, never stored; "" = RETORT_SPOOL, else a temporary one
     accept: list[str] = field(default_factory=list)  # fingerprints of other recipes whose checkpoints may be taken up
 
 

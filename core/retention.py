@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from core import commits
+from core import commits, small_json
 from core.commits import Claim, Entry
 from core.manifest import CheckpointError, Manifest
 from core.storage import MissingObject, Store, StoreError
 
 HOLDS = "holds"
 HOLD_S = 3600.0
+CLOCKS_S = 60.0  # by which the clocks of two machines may differ
 
 
 @dataclass
@@ -98,8 +99,9 @@ def held(run: Store) -> set[int]:
     """Numbers of the checkpoints that somebody reads now; outdated holds are cleared away."""
     found = set()
     for entry in list(run.list(f"{HOLDS}/")):
-        with suppress(MissingObject, ValueError, KeyError):
-            if json.loads(run.get(entry.key))["until"] > time.time():
+        with suppress(MissingObject, ValueError, KeyError, TypeError):
+            until = small_json.read(run, entry.key, dict)["until"]
+            if min(until, entry.modified + HOLD_S + CLOCKS_S) > time.time():  # none lasts longer, whatever it says
                 found.add(int(entry.key.removeprefix(f"{HOLDS}/").partition("-")[0]))
             else:
                 run.delete(entry.key)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Union
 
 from core.atomic import TEMP
+from core.private import flaw, own_folder, private_folder
 from core.storage import Store
 
 LONGEST_WRITE_S = 3600.0
@@ -24,7 +24,8 @@ class Spool:
     def __init__(self, base: str, run: Store) -> None:
         """base: folder for all runs; "" = one of this user's in the system's temporary directory."""
         name = hashlib.sha256(run.uri.encode()).hexdigest()[:24]
-        self.folder = Path(base or f"{tempfile.gettempdir()}/retort-spool-{os.getuid()}") / name
+        self.folder = (Path(base) if base else own_folder("spool")) / name
+        self._private = [self.folder] if base else [self.folder.parent, self.folder]  # a given base may be shared
 
     def write(self, key: str, data: Bytes) -> Path:
         """Raises OSError: no space, no rights, or the folder is somebody else's."""
@@ -58,19 +59,16 @@ class Spool:
                     self.remove(str(path.relative_to(self.folder)))
 
     def _files(self) -> list[Path]:
-        if not self.folder.is_dir() or not self._is_ours():
+        if not self.folder.is_dir() or any(map(flaw, self._private)):  # others could have planted what is there
             return []
         return [Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names]
 
     def _open(self, temp: Path) -> Path:
         for _ in range(100):
             with suppress(FileNotFoundError):  # another rank's removal has just pruned the folder
+                for folder in self._private:
+                    private_folder(folder)
                 temp.parent.mkdir(parents=True, exist_ok=True)
-                self.folder.chmod(0o700)
                 temp.touch()
                 break
         return temp
-
-    def _is_ours(self) -> bool:
-        """Nobody else could plant files in it: temporary directories are open to all users of a machine."""
-        return self.folder.stat().st_uid == os.getuid() and not self.folder.is_symlink()

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,12 @@ from urllib.parse import unquote
 
 import google_crc32c
 
+from core import shortage
 from core.atomic import TEMP, publish
 
 PIECE = 1 << 20  # bytes copied at once: larger ones cost a page fault per page each time
+FULL, LIMIT = ": free space or choose another store", f": {shortage.FILES}"
+HINTS = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EMFILE: LIMIT, errno.ENFILE: LIMIT}
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -94,8 +97,19 @@ class Store(ABC):
         """Removes objects; absent ones are fine."""
 
     @abstractmethod
-    def abandoned(self, older_s: float, remove: bool) -> int:
-        """Number of writes that were broken off so long ago and left something no reader sees; `remove` clears them."""
+    def abandoned(self, older_s: float, own: Callable[[str], bool], remove: bool) -> int:
+        """Number of writes that were broken off so long ago and left something no reader sees; `remove` clears them.
+
+        own: whether the caller's programs write at this key; in a folder, one whose last part is a temporary name.
+        """
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the epoch by the clock that `Entry.modified` comes from, which need not be this machine's."""
+
+    def confined(self) -> Store:
+        """The same objects without what lies elsewhere: a folder's links are neither listed nor followed to delete."""
+        return self
 
     @abstractmethod
     def sub(self, prefix: str) -> Store: ...
@@ -153,8 +167,7 @@ def local_errors(where: str, *absent: type[OSError]) -> Iterator[None]:
     except PermissionError as error:
         raise AccessDenied(f"{where}: {error.strerror}: check owner and mode of the folder") from error
     except OSError as error:
-        hint = ": free space or choose another store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise StoreError(f"{where}: {error.strerror}{hint}") from error
+        raise StoreError(f"{where}: {error.strerror}{HINTS.get(error.errno or 0, '')}") from error
 
 
 def check_range(start: int, size: int) -> None:

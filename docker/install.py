@@ -27,7 +27,9 @@ def main(words: list[str]) -> int:
     part.write_text(part_of((HERE / "requirements.lock").read_text(), (HERE / "pyproject.toml").read_text(), words))
     # A base's certificates are trusted, also those that a site has added; without its cache uv leaves nothing behind.
     uv = [str(HERE / "uv" / "bin" / "uv"), "pip", "install", "--system-certs", "--no-cache", "--compile-bytecode"]
-    code = subprocess.call([*uv, "--python", str(VENV / "bin" / "python"), "--require-hashes", "-r", str(part)])
+    # DeepSpeed is a source distribution: what it is built with is the lock file's as well.
+    pinned = ["--require-hashes", "--build-constraints", str(HERE / "requirements.lock"), "-r", str(part)]
+    code = subprocess.call([*uv, "--python", str(VENV / "bin" / "python"), *pinned])
     (VENV / ".lock").unlink(missing_ok=True)  # uv's own, which everybody may write
     return code
 

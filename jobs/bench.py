@@ -20,13 +20,14 @@ RESULTS = Path("tests") / "perf" / "results"
 def main(settings: Settings) -> int:
     """Benchmark RECIPE (default demo) on one rank; prints a table and keeps the figures as JSON."""
     import torch
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from core.bench import bench
     from core.engine import init_distributed, pick_device, shutdown
     from jobs import inputs
 
     recipe = dataclasses.replace(settings, recipe=settings.recipe or "demo").load_recipe()
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     with tempfile.TemporaryDirectory(prefix="retort-bench-") as folder:
         root = settings.root(recipe) if settings.store else f"file://{folder}"
         for teacher in recipe.teachers.values():
@@ -38,7 +39,7 @@ def main(settings: Settings) -> int:
         device = pick_device(recipe.launch.device)
         recipe.launch.device = device.type
         torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-        init_distributed(device)
+        init_distributed(device, HashStore())
         result = bench(recipe, root)
         shutdown()
     print(render(result))

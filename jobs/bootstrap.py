@@ -109,12 +109,13 @@ def set_up(root: Path) -> None:
         print("set-up: Python packages from requirements.lock into .venv (once; several GB) ...", flush=True)
         python = root / ".venv" / "bin" / "python"
         if not runs(python):
-            call([sys.executable, "-m", "venv", "--clear", str(root / ".venv")])
-        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            call([sys.executable, "-P", "-m", "venv", "--clear", str(root / ".venv")])
+        pip = [str(python), "-P", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         call([*pip, "--require-hashes", "-r", str(root / "jobs" / "bootstrap.lock")])
         # Compiled here, once: where PYTHONDONTWRITEBYTECODE is set each process would spend 15 s on it, on every start.
-        uv = [str(python), "-m", "uv", "pip", "install", "--compile-bytecode", "--python", str(python)]
-        call([*uv, "--require-hashes", "-r", str(root / "requirements.lock")])
+        uv = [str(python), "-P", "-m", "uv", "pip", "install", "--compile-bytecode", "--python", str(python)]
+        packages = str(root / "requirements.lock")  # holds also what DeepSpeed, a source distribution, is built with
+        call([*uv, "--require-hashes", "--build-constraints", packages, "-r", packages])
         (root / ".venv" / "retort.stamp").write_text(wanted_stamp(root))
         print(f"set-up: {time.time() - begun:.0f} s", flush=True)
 

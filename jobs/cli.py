@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.errors import UserError, code_of, describe, nearest
+from jobs.launchers import configured
 from jobs.settings import Settings, collect
+from jobs.terminal import guarded, safe
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"unknown verb {arguments[0]!r}{nearest(arguments[0], VERBS)} (python -m jobs --help)")
         parsed = parser().parse_args(arguments)
         settings = collect(parsed, os.environ)
-        return VERBS[parsed.verb].load()(settings)
+        with guarded(), configured(settings.cluster):
+            return VERBS[parsed.verb].load()(settings)
     except BrokenPipeError:  # `... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -145,5 +148,5 @@ def main(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         sys.stdout.flush()
-        print(describe(error), file=sys.stderr)
+        print(safe(describe(error)), file=sys.stderr)
         return code_of(error)

@@ -6,6 +6,8 @@ import datetime
 import os
 import sys
 
+from jobs.ranks_env import meet_in_file
+
 TIMEOUT_S = 60
 
 
@@ -15,10 +17,11 @@ def main(device: str) -> int:
 
     local = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_S))
-    value = torch.full((1 << 16,), float(dist.get_rank() + 1), device=local)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    patience = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(backend, timeout=patience, store=meet_in_file(), rank=rank, world_size=world)
+    value = torch.full((1 << 16,), float(rank + 1), device=local)
     dist.all_reduce(value)
-    world = dist.get_world_size()
     good = bool((value == world * (world + 1) / 2).all())
     dist.destroy_process_group()
     return 0 if good else 1

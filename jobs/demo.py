@@ -5,18 +5,18 @@ The server keeps objects in memory; what must outlive it is mirrored under .reto
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core import small_json
+from jobs import steps
+from jobs.demo_server import serving
 from jobs.errors import BUG, OK, PREEMPTED
+from jobs.leaving import as_interrupts
+from jobs.mirror import Mirror
 from jobs.settings import Settings
 
 MIRROR = Path(".retort") / "demo"
@@ -24,69 +24,99 @@ BUCKET = "retort-demo"
 TOLERANCE = 1e-4  # largest difference of features between the exported and the trained student
 
 
+def place() -> str:
+    """URI of the store in which the demo's runs are once it has ended."""
+    return f"file://{Path.cwd() / MIRROR}"
+
+
 def main(settings: Settings) -> int:
     """Run, evaluate, export, report; shows the results when it is all done already.  Returns an exit code."""
     from core.storage import open_store
+    from jobs.launchers.local import TIED
+    from jobs.record import Run
 
     began = time.monotonic()
-    with _server() as root:
-        store, mirror = open_store(root), open_store(f"file://{(Path.cwd() / MIRROR)}")
-        copied = _copy(mirror, store)
-        _say(f"embedded S3 server: {root} at {os.environ['AWS_ENDPOINT_URL']} ({copied} objects from {MIRROR}/)")
+    with serving(BUCKET) as endpoint, as_interrupts():
+        root = f"s3://{BUCKET}/store"
+        mirror = Mirror(open_store(place()), open_store(root))
+        _say(f"embedded S3 server: {root} at {endpoint} ({mirror.load()} objects from {MIRROR}/)")
+        steps.kept[root] = place()
+        os.environ[TIED] = "1"  # however this process ends, the server ends with it
         try:
-            code = _journey(replace(settings, recipe="demo", store=root))
+            code, runs = _distil(replace(settings, recipe="demo", store=root))
         finally:
-            _copy(store, mirror)
+            _end_runs(root)
+            mirror.save()
+    if code == OK:
+        code = _conclude([Run(place(), run) for run in runs])
     _say(f"demo: {time.monotonic() - began:.0f} s")
     return code
 
 
-def _journey(first: Settings) -> int:
-    """The recipe once for each of `evaluate.students` seeds; the first run is the one that is shown."""
-    from core.export import verify
-    from core.report import write
-    from jobs.verbs.results import render
-
+def _distil(first: Settings) -> tuple[int, list[str]]:
+    """The recipe once for each of `evaluate.students` seeds; exit code of what went wrong, and the runs."""
     recipe = first.load_recipe()
     seeds = [recipe.seed + i for i in range(recipe.evaluate.students)]
-    runs = []
+    runs: list[str] = []
     for number, seed in enumerate(seeds):
         _say(f"\nseed {seed} ({number + 1} of {len(seeds)})")
         code, run = _one(replace(first, set=(*first.set, f"seed={seed}") if number else first.set))
         if code != OK:
-            return code
-        runs.append((run, _results(run)))
-    run, results = runs[0]
-    difference = verify(run.store)
-    for each, _ in runs:
-        write(each.store, each.root)
-    print(f"\n{render(results)}\n")
-    ok = [difference <= TOLERANCE, *(_compare(name, [found[name] for _, found in runs]) for name in results)]
+            return code, runs
+        runs.append(run)
+    return OK, runs
+
+
+def _conclude(runs: list[Any]) -> int:
+    """Reports and results; the first run is the one that is shown.  runs: where they stay."""
+    from core.export import verify
+    from core.report import write
+    from jobs.verbs.results import render
+
+    found = [_results(run) for run in runs]
+    difference = verify(runs[0].store)
+    for run in runs:
+        write(run.store, run.root)
+    print(f"\n{render(found[0])}\n")
+    ok = [difference <= TOLERANCE, *(_compare(name, [results[name] for results in found]) for name in found[0])]
     _say(f"export loads with plain timm, strict; features differ by at most {difference:.1e}")
-    _say(f"report: {Path.cwd() / MIRROR / 'runs' / run.id / 'report.html'}")
-    _say("again from scratch: make demo FRESH=1")
+    _say(f"report: {Path.cwd() / MIRROR / 'runs' / runs[0].id / 'report.html'}")
+    _say(f"next: {steps.steps(place(), runs[0].id, 'status', 'logs')}; again from scratch: make demo FRESH=1")
     return OK if all(ok) else BUG
 
 
-def _one(settings: Settings) -> tuple[int, Any]:
+def _end_runs(root: str) -> None:
+    """Nobody may go on with a run when the server is about to end."""
+    from core.storage import StoreError
+    from jobs.errors import JobError
+    from jobs.record import Run
+    from jobs.verbs.runs import cancel
+
+    for run in Run.list(root):
+        if Run(root, run).view().active:
+            try:
+                cancel(Settings(run=run, store=root))
+            except (JobError, StoreError) as error:  # it has just ended by itself
+                _say(str(error))
+
+
+def _one(settings: Settings) -> tuple[int, str]:
     """Submit, and evaluate and export what has not been yet.  Returns submit's exit code and the run."""
     from core.evaluate.run import evaluate
     from core.export import export
     from jobs.record import State
     from jobs.spec import run_id
-    from jobs.verbs.runs import cancel
     from jobs.verbs.submit import submit
 
     code = submit(settings)
     run = _newest(settings.store, run_id(settings.load_recipe()))
-    if code == OK and run.last().state != State.SUCCEEDED:  # left with Ctrl-C, and the server is about to end
-        cancel(replace(settings, run=run.id))
+    if code == OK and run.last().state != State.SUCCEEDED:  # left with Ctrl-C
         _say("make demo goes on from here")
-        return PREEMPTED, run
+        return PREEMPTED, run.id
     if code == OK and not _results(run):
         export(run.store, run.root, ["timm"])
         evaluate(run.store, run.root, [], _say)
-    return code, run
+    return code, run.id
 
 
 def _compare(protocol: str, found: list[dict[str, Any]]) -> bool:
@@ -111,43 +141,8 @@ def _newest(root: str, wanted: str) -> Any:
 
 def _results(run: Any) -> dict[str, Any]:
     entries = [e for e in run.store.list("evaluations/") if e.key.endswith(".json")]
-    found = [json.loads(run.store.get(e.key)) for e in entries]
+    found = [small_json.read(run.store, e.key, dict) for e in entries]
     return {result["protocol"]: result for result in found}
-
-
-def _copy(source: Any, target: Any) -> int:
-    """Bring target in line with source; returns how many objects source has."""
-    there = {e.key: e.size for e in target.list()}
-    here = {e.key: e.size for e in source.list()}
-    for key in here:
-        target.put(key, source.get(key))
-    target.delete(*[key for key in there if key not in here])
-    return len(here)
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """An S3-compatible server on a free loopback port, its random credentials in the environment; yields a store."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line per request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    own = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20), "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-        os.environ.pop(name, None)
-    os.environ.update(own)
-    try:
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield f"s3://{BUCKET}/store"
-    finally:
-        server.stop()
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core import sockets
+from core.private import FOLDERS, flaw, own_folder
+from core.storage import StoreError
 from jobs import inputs, launchers
 from jobs.errors import NOT_READY, OK, redact
 from jobs.placement import Placement, gpu_count
@@ -60,6 +63,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     root = settings.root(recipe)
     yield compute()
     yield store(root)
+    yield trial("temporary folders", "see above; TMPDIR names another place", lambda: folders(recipe))
     yield trial("collectives", "run `python -m jobs.collective cpu` by hand to see more", lambda: collective(recipe))
     if settings.cluster or queue.answers():
         yield trial("SLURM", "see the cluster file", lambda: scheduler(settings, recipe, root))
@@ -131,6 +135,19 @@ def scheduler(settings: Settings, recipe: Recipe | None, root: str) -> str:
         launcher.check(recipe, root, launcher.place(recipe))
     gpus = part.gpus_per_node.get("", 0)
     return f"partition {part.name}: {part.nodes} nodes, of {part.cpus_per_node} CPUs and {gpus} GPUs"
+
+
+def folders(recipe: Recipe | None) -> str:
+    """Where processes of this machine keep files and open sockets, when it is theirs alone.  Raises StoreError."""
+    for folder in map(own_folder, FOLDERS):
+        if wrong := flaw(folder):
+            raise StoreError(f"{folder}: {wrong}")
+    if recipe:
+        from core.inputs import shard_cache
+
+        shard_cache(recipe.loader)
+    usual, short = tempfile.gettempdir(), sockets.place()
+    return usual if short == usual else f"{usual}; sockets in {short}, as its name is too long for them"
 
 
 def collective(recipe: Recipe | None) -> str:

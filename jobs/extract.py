@@ -9,12 +9,15 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from core import small_json
+from core.small_json import Unreadable
 from jobs import spec
 from jobs.errors import OK, PREEMPTED, code_of, describe
 
 if TYPE_CHECKING:
     from core.features.about import Split
     from core.recipe import Recipe
+    from core.storage import Store
 
 ORDERS = "features/orders"
 
@@ -25,10 +28,23 @@ def order(root: str, recipe: Recipe, splits: list[Split]) -> str:
     from core.storage import open_store
 
     content = {"recipe": to_yaml(recipe), "splits": splits}
-    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    name = _name(content)
     stored = content | {"commit": spec.code().commit}
     open_store(root).put(f"{ORDERS}/{name}.json", json.dumps(stored).encode())
     return name
+
+
+def is_order(store: Store, key: str) -> bool:
+    """Whether `order` wrote this object: it bears the name of its content.  Raises StoreError."""
+    try:
+        content = json.loads(store.get(key))
+        return key == f"{ORDERS}/{_name({part: content[part] for part in ('recipe', 'splits')})}.json"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _name(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def arguments(root: str, name: str) -> list[str]:
@@ -57,13 +73,26 @@ def work(root: str, name: str) -> None:
     from core.features import run
     from core.storage import open_store
 
-    content: dict[str, Any] = json.loads(open_store(root).get(f"{ORDERS}/{name}.json"))
+    content = _read(open_store(root), name)
     if difference := spec.difference(content.get("commit", "")):
         _say(difference)
     recipe = from_yaml(content["recipe"])
     device = run.device(recipe)
     for each in run.works(recipe, root, content["splits"]):
         run.store(each, root, device, _say)
+
+
+def _read(store: Store, name: str) -> dict[str, Any]:
+    """An order as it was given: its name is its digest.  Raises Unreadable, StoreError."""
+    content = small_json.read(store, f"{ORDERS}/{name}.json", dict)
+    if _name({key: content.get(key) for key in ("recipe", "splits")}) != name:
+        raise Unreadable(f"{store.uri}/{ORDERS}/{name}.json",
+                         "it has been changed since it was given: make features RECIPE=... gives it again")  # fmt: skip
+    return content
+
+
+def _name(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _leave(signum: int, frame: object) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from core.storage import StoreError
+from core.text import one_line
 from jobs.errors import BUG, OK, PREEMPTED, redact
 from jobs.launchers import Launcher
+from jobs.leaving import as_interrupts
 from jobs.record import ENDED, Run, State, View
+from jobs.steps import steps
 
 POLL_S = 0.5
 LINE_EVERY_S = 5.0
@@ -22,19 +25,20 @@ OUTAGE_S = 300.0
 def follow(run: Run, attempt: int, launcher: Launcher, poll_s: float = POLL_S) -> int:
     """Show progress until the run rests; returns 0 succeeded, 1 failed or cancelled, 75 preempted.
 
-    An interrupt (Ctrl-C) leaves the run alone and returns 0.
+    An interrupt (Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed) leaves the run alone and returns 0.
     """
     display = Bar() if sys.stderr.isatty() else Lines()
     try:
-        while True:
-            view = _view(run)
-            if view.last.attempt >= attempt and _rests(run, view, launcher):
-                break
+        with as_interrupts():
+            while True:
+                view = _view(run)
+                if view.last.attempt >= attempt and _rests(run, view, launcher):
+                    break
+                display.show(view)
+                time.sleep(poll_s)
             display.show(view)
-            time.sleep(poll_s)
-        display.show(view)
     except KeyboardInterrupt:
-        print(f"\ndetached: the run goes on; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
+        print(f"\ndetached: the run goes on\nnext: {steps(run.root, run.id, 'status', 'cancel')}", flush=True)
         return OK
     finally:
         display.close()
@@ -59,18 +63,18 @@ def conclude(run: Run, view: View) -> int:
     state = view.last.state
     if state == State.SUCCEEDED:
         print(f"{run.id} succeeded: {run.uri}")
-        print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}")
+        print(f"next: {steps(run.root, run.id, 'eval', 'export', 'report')}")
         return OK
     reason = view.lost or view.last.info.get("reason", "")
     print(f"{run.id} {view.shown}" + (f": {reason}" if reason else ""))
-    print(f"next: make logs RUN={run.id}; make resume RUN={run.id}")
+    print(f"next: {steps(run.root, run.id, 'logs', 'resume')}")
     return PREEMPTED if state == State.PREEMPTED else BUG
 
 
 def _rests(run: Run, view: View, launcher: Launcher) -> bool:
     """Nobody works on the run any more. One whose supervisor lives may be about to be queued again."""
     if view.last.state in (State.PREEMPTED, State.FAILED):
-        return not launcher.look(run.handle(view.last)).alive
+        return not launcher.look(run, run.handle(view.last)).alive
     return view.last.state in ENDED or bool(view.lost)
 
 
@@ -80,12 +84,20 @@ def progress_text(row: dict[str, Any]) -> str:
         ("waiting", lambda v: f"waiting for {v}"),
         ("stage", lambda v: f"stage {v}"),
         ("step", lambda v: f"step {v}" + (f"/{row['steps']}" if "steps" in row else "")),
-        ("loss", lambda v: f"loss {float(v):.4g}"),
-        ("images_per_s", lambda v: f"{float(v):.0f} img/s"),
-        ("data_wait", lambda v: f"data-wait {100 * float(v):.0f} %"),
-        ("eta_s", lambda v: f"ETA {duration(float(v))}"),
+        ("loss", lambda v: f"loss {_number(v):.4g}"),
+        ("images_per_s", lambda v: f"{_number(v):.0f} img/s"),
+        ("data_wait", lambda v: f"data-wait {100 * _number(v):.0f} %"),
+        ("eta_s", lambda v: f"ETA {duration(_number(v))}"),
     ]
     return ", ".join(show(row[key]) for key, show in parts if row.get(key) is not None)
+
+
+def _number(value: object) -> float:
+    """As it was written, be it as text; NaN for what is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
 
 
 def duration(seconds: float) -> str:
@@ -128,11 +140,11 @@ class Bar:
         self._bar: tqdm[Any] = tqdm(total=None, bar_format="{desc} {percentage:3.0f}%|{bar:24}| {postfix}", leave=True)
 
     def show(self, view: View) -> None:
-        steps = view.heartbeat.get("steps")
-        if steps and view.heartbeat.get("attempt") == view.last.attempt:
-            self._bar.total, self._bar.n = steps, view.heartbeat.get("step", 0)
-        self._bar.set_description_str(f"{view.id} {view.shown}", refresh=False)
-        self._bar.set_postfix_str(_status(view))
+        steps, step = view.heartbeat.get("steps"), view.heartbeat.get("step", 0)
+        if steps and type(steps) is type(step) is int and view.heartbeat.get("attempt") == view.last.attempt:
+            self._bar.total, self._bar.n = steps, step
+        self._bar.set_description_str(one_line(f"{view.id} {view.shown}"), refresh=False)
+        self._bar.set_postfix_str(one_line(_status(view)))
 
     def close(self) -> None:
         self._bar.close()

@@ -17,6 +17,7 @@ from core.storage import Store, StoreError, open_store, resolve
 from jobs import hub
 from jobs.errors import NotReady, UserError, nearest, redact
 from jobs.record import Run, State
+from jobs.steps import elsewhere, steps
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
@@ -122,12 +123,12 @@ def _weights(wanted: tuple[str, str, str], root: str, made: set[str]) -> Missing
 def _run_weights(field: str, run_id: str, root: str) -> Missing | None:
     run = Run(root, run_id)
     if not run.exists():
-        return Missing(f"{field}: run {run_id} is not in {root}", "make status lists the runs of the store")
+        return Missing(f"{field}: run {run_id} is not in {root}", f"make status{elsewhere(root)} lists them")
     state = run.last().state
     if state != State.SUCCEEDED:
-        return Missing(f"{field}: run {run_id} is {state}", f"wait for it, or make resume RUN={run_id}")
+        return Missing(f"{field}: run {run_id} is {state}", f"wait for it, or {steps(root, run_id, 'resume')}")
     if run.store.size("export/model.safetensors") is None:
-        return Missing(f"{field}: the student of run {run_id} is not exported", f"make export RUN={run_id}")
+        return Missing(f"{field}: the student of run {run_id} is not exported", steps(root, run_id, "export"))
     return None
 
 

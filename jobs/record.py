@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from core import small_json
+from core.small_json import Unreadable
 from core.storage import MissingObject, Store, open_store
 from jobs.errors import JobError, UserError, nearest
+from jobs.pulse import is_time, silent
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
     from jobs.launchers import Look
-
-HEARTBEAT_LIMIT_S = 60.0
 
 
 class State(StrEnum):
@@ -69,6 +70,7 @@ class View:
     heartbeat: dict[str, Any]
     lost: str = ""  # why the run, though queued or running by its record, has nobody working on it
     coming: bool = False  # it rests, and whoever works on it is about to begin another attempt
+    unread: str = ""  # why there is no heartbeat though one was written
 
     @property
     def shown(self) -> str:
@@ -132,16 +134,26 @@ class Run:
         from core.config import from_yaml
 
         try:
-            text = self.store.get("recipe.yaml").decode()
+            text = small_json.fetch(self.store, "recipe.yaml").decode()
         except MissingObject:
             raise UserError(f"run {self.id}: its creation was cut short; submit its recipe again") from None
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"{self.uri}/recipe.yaml", str(error)) from None
         return from_yaml(text, f"{self.uri}/recipe.yaml")
 
     def record(self) -> dict[str, Any]:
+        """What the run was made from; empty where there is none.  Raises Unreadable."""
         return self._json("record.json")
 
+    def heartbeat(self) -> dict[str, Any]:
+        """The newest progress, with `time` and `attempt`; empty before the first.  Raises Unreadable."""
+        beat = self._json("heartbeat.json")
+        if beat and not (is_time(beat.get("time")) and type(beat.get("attempt")) is int):
+            raise Unreadable(f"{self.uri}/heartbeat.json", "it has no time or no attempt")
+        return beat
+
     def last(self) -> Transition:
-        """The newest transition.  Raises MissingObject when there is no such run."""
+        """The newest transition.  Raises MissingObject when there is no such run, Unreadable."""
         keys = [entry.key for entry in self.store.list("transitions/")]
         if not keys:
             raise MissingObject(f"{self.uri}: no such run")
@@ -179,15 +191,21 @@ class Run:
         self.store.put("heartbeat.json", _dump({**progress, "time": time.time(), "attempt": attempt}))
 
     def view(self) -> View:
-        """State, progress and whether anybody still works on it.  Raises MissingObject."""
-        last = self.last()
-        heartbeat = self._json("heartbeat.json")
+        """State, progress and whether anybody still works on it.  Raises MissingObject, Unreadable."""
+        last, unread = self.last(), ""
+        try:
+            heartbeat = self.heartbeat()
+        except Unreadable as error:  # the next beat replaces it
+            heartbeat, unread = {}, str(error)
         lost = self._lost(last, heartbeat) if last.state in ACTIVE else ""
         coming = last.state in (State.PREEMPTED, State.FAILED) and bool(self.look(last).alive)
-        return View(self.id, last, heartbeat, lost, coming)
+        return View(self.id, last, heartbeat, lost, coming, unread)
 
     def handle(self, last: Transition) -> dict[str, Any]:
-        """What the launcher wrote down when it queued the attempt of `last`; empty before the first."""
+        """What the launcher wrote down when it queued the attempt of `last`; empty before the first.
+
+        Whoever may write to the store can write it, so a launcher believes only what this machine is set up for.
+        """
         while last.state not in (State.QUEUED, State.CREATED):
             last = self._transition(_key(last.number - 1))
         return last.info
@@ -197,28 +215,40 @@ class Run:
         from jobs import launchers
 
         handle = self.handle(last)
-        return launchers.find(handle.get("launcher", "local")).look(handle)
+        try:
+            return launchers.of(handle).look(self, handle)
+        except launchers.Elsewhere as error:
+            return launchers.Look(None, str(error))
 
     def _lost(self, last: Transition, heartbeat: dict[str, Any]) -> str:
         look = self.look(last)
         if look.alive is not None:
             return "" if look.alive else look.text
-        seen = float(heartbeat["time"]) if heartbeat.get("attempt") == last.attempt else last.time
-        silent_s = time.time() - max(seen, last.time)
-        if last.state == State.RUNNING and silent_s > HEARTBEAT_LIMIT_S:
-            return f"no heartbeat for {silent_s:.0f} s"
-        return ""
+        if last.state != State.RUNNING:
+            return ""
+        said = {_key(last.number): last.time}
+        if heartbeat.get("attempt") == last.attempt:
+            said["heartbeat.json"] = float(heartbeat["time"])
+        return silent(self.store, said)
 
     def _transition(self, key: str) -> Transition:
-        raw = json.loads(self.store.get(key))
-        return Transition(**{**raw, "state": State(raw["state"])})
-
-    def _json(self, key: str) -> dict[str, Any]:
+        raw = self._json(key, present=True)
         try:
-            content: dict[str, Any] = json.loads(self.store.get(key))
+            found = Transition(**{**raw, "state": State(str(raw.get("state")))})
+        except (TypeError, ValueError) as error:
+            raise Unreadable(f"{self.uri}/{key}", str(error)) from None
+        whole = type(found.number) is type(found.attempt) is int and is_time(found.time)
+        if not whole or not isinstance(found.info, dict) or _key(found.number) != key:
+            raise Unreadable(f"{self.uri}/{key}", "it is no transition of this number")
+        return found
+
+    def _json(self, key: str, present: bool = False) -> dict[str, Any]:
+        try:
+            return small_json.read(self.store, key, dict)
         except MissingObject:
+            if present:
+                raise
             return {}
-        return content
 
 
 def _key(number: int) -> str:

@@ -10,12 +10,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import UserError
+from core.text import control
+from jobs.errors import UserError, line
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
     from jobs.cluster import Cluster
 
+WORDS = ("set", "sweep", "select")  # cut into words, which are judged where they end up
+PROSE = ("licence",)
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -99,15 +102,18 @@ class Settings:
 
 
 def check_uri(uri: str, what: str) -> str:
-    """The URI without trailing slash.  Raises UserError unless it is s3://bucket/... or file:///dir."""
-    scheme, _, rest = uri.partition("://")
+    """The URI without trailing slash.  Raises UserError unless it is s3://bucket/... or file:///dir, in one line."""
+    scheme, _, rest = line(uri, what).partition("://")
     if (scheme == "s3" and rest.strip("/")) or (scheme == "file" and rest.startswith("/")):
         return uri.rstrip("/")
     raise UserError(f"{what}: {uri!r} is not a store; valid are s3://bucket/prefix and file:///absolute/folder")
 
 
 def collect(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
-    """Arguments win over variables; an empty variable counts as absent.  Raises UserError."""
+    """Arguments win over variables; an empty variable counts as absent.  Raises UserError.
+
+    Names, addresses and paths end up in commands, scripts and manifests: each is one line of text.
+    """
     values: dict[str, Any] = {}
     for f in fields(Settings):
         given = getattr(arguments, f.name, None)
@@ -118,7 +124,16 @@ def collect(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Se
             values[f.name] = given
         elif text:
             values[f.name] = _parse(f.name, str(f.type), text)
+        if isinstance(own := values.get(f.name), str) and f.name not in WORDS:
+            _plain(f.name, own)
     return Settings(**values)
+
+
+def _plain(name: str, text: str) -> None:
+    if name not in PROSE:
+        line(text, name.upper())
+    elif found := control(text, lines=True):
+        raise UserError(f"{name.upper()}: {text!r} holds {found}")
 
 
 def split(text: str) -> list[str]:

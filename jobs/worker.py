@@ -8,7 +8,6 @@ error: 3 store or hardware, which another attempt may find in better health, 2 r
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -17,13 +16,11 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import ranks_env
+from jobs import process, ranks_env
 from jobs.errors import OK, PREEMPTED, code_of, describe
 
 if TYPE_CHECKING:
     from jobs.logkeeper import LogKeeper
-
-PR_SET_PDEATHSIG = 1
 
 
 class Stop:
@@ -52,7 +49,7 @@ def main(arguments: list[str]) -> int:
     stop = Stop()
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, stop.on_signal)
-    _die_with_parent()
+    process.die_with_parent()
     parser = argparse.ArgumentParser(prog="jobs.worker")
     parser.add_argument("--run", required=True)
     parser.add_argument("--store", required=True)
@@ -122,14 +119,6 @@ def _keeper(options: argparse.Namespace) -> LogKeeper:
 
 def _ignore(row: dict[str, Any]) -> None:
     pass
-
-
-def _die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent ends, so that no rank outlives its launcher unseen."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from typing import Any
 from jobs.launchers.fork_server import Forked, ForkServer
 
 REPOSITORY = Path(__file__).parents[1]
+STEP = re.compile(r"make ([a-z]+)((?: [A-Z]+=(?:'[^']*'|[^\s;]+))*)")  # `make VERB NAME=VALUE ...`
 # What commands that check a recipe import; most of a command's life would be spent on it, once for each command.
 PRELOAD = ("torch", "torch._dynamo", "timm", "core.stage", "core.inputs", "jobs.verbs.submit", "jobs.verbs.runs")
 
@@ -86,6 +89,16 @@ class Shell:
         print(f"$ jobs {' '.join(arguments)}\n{out}")
         assert process.returncode == code, f"exit {process.returncode} instead of {code}:\n{out}"
         return out
+
+    def type(self, said: str, *verbs: str) -> dict[str, str]:
+        """Run what a command has said is to be typed next, as make would; verbs: what that is.  What each says."""
+        steps = [step for line in re.findall(r"^next:? +(.+)$", said, re.M) for step in STEP.findall(line)]
+        assert [verb for verb, _ in steps] == list(verbs), said
+        found = {}
+        for verb, words in steps:
+            given = dict(word.split("=", 1) for word in shlex.split(words))
+            found[verb] = Shell(self.folder, **{**self.env, **given})(verb)
+        return found
 
     def status(self, run: str) -> dict[str, Any]:
         out: dict[str, Any] = json.loads(self("status", run, "--json"))

@@ -39,7 +39,7 @@ class Durations:
         terminalreporter.line(f"{len(self.seconds)} tests took {total:.0f} s, those side by side added up")
         for line in grown(self.seconds, recorded):
             terminalreporter.line(line)
-        if os.environ.get("RECORD"):
+        if os.environ.get("RECORD") == "1":
             RECORD.write_text(json.dumps(updated(recorded, self.seconds), indent=0, sort_keys=True) + "\n")
             terminalreporter.line(f"written to {RECORD.name}")
 
@@ -88,5 +88,7 @@ def file_of(item: pytest.Item) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("RECORD", "") not in ("", "1"):
+        raise pytest.UsageError("RECORD: 1 writes tests/durations.json; there is no other value")
     if not hasattr(config, "workerinput"):  # in the process that hears of all tests
         config.pluginmanager.register(Durations())

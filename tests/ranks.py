@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -34,18 +35,20 @@ def free_port() -> int:
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, world: int, port: int, env: dict[str, str], args: Any, answer: Connection
-) -> None:
-    os.environ.update(env, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), DS_ACCELERATOR="cpu")  # fmt: skip
+    function: Callable[..., Any], rank: int, world: int, meeting: str, env: dict[str, str], args: Any,
+    answer: Connection,
+) -> None:  # fmt: skip
+    os.environ.update(env, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
+                      GLOO_SOCKET_IFNAME="lo")  # fmt: skip
     import torch
+    from torch.distributed import FileStore
 
     from core import engine
 
     torch.set_num_threads(1)
     set_start_method("fork", force=True)  # as in ranks that a launcher has started: loaders' processes are forked
     try:
-        engine.init_distributed(torch.device("cpu"))
+        engine.init_distributed(torch.device("cpu"), FileStore(f"{meeting}/store", world))
         result = True, function(*args)
         answer.send_bytes(pickle.dumps(result))  # a copy: shared tensors would go with this process
         engine.shutdown()
@@ -58,12 +61,12 @@ class Ranks:
     """`world` gloo ranks, each calling a module-level function; they can be signalled while they work."""
 
     def __init__(self, function: Callable[..., Any], world: int, *args: Any) -> None:
-        port = free_port()
+        self._meeting = tempfile.TemporaryDirectory(prefix="ranks-")
         env = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "RETORT_"))}
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world)]
         self._answers = [ours for ours, _ in pipes]
         self.processes = [
-            _CONTEXT.Process(target=_rank, args=(function, r, world, port, env, args, theirs))
+            _CONTEXT.Process(target=_rank, args=(function, r, world, self._meeting.name, env, args, theirs))
             for r, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def recipe(**groups: dict[str, object]) -> Recipe:
     for group, values in groups.items():
         for key, value in values.items():
             setattr(getattr(found, group), key, value)
-    return complete(from_yaml(to_yaml(found)))
+    made = complete(from_yaml(to_yaml(found)))
+    return replace(made, loader=found.loader, checkpoint=found.checkpoint)  # with folders, which are never stored
 
 
 def store(folder: Path, images: int = 48) -> str:

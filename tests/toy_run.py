@@ -8,7 +8,7 @@ from core.storage import open_store
 RANDOM = "teachers.digits_masked.weights=random teachers.digits_supervised.weights=random"
 SMALL = "student.args.depth=2 teachers.digits_masked.args.depth=1 teachers.digits_supervised.args.depth=1"
 SHORT = f"train.steps=40 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM} {SMALL}"
-LONG = f"train.steps=240 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM} {SMALL}"
+LONG = f"train.steps=320 checkpoint.every_steps=20 launch.grace_s=20 {RANDOM} {SMALL}"
 SMOKE = ("--profile", "smoke", "--set")
 
 

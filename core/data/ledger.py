@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+from core import small_json
 from core.data.source import DataError
 from core.storage import MissingObject, Store
 
@@ -97,7 +98,7 @@ class Ledger:
 
     def _read(self, number: int) -> Part:
         try:
-            return Part(**json.loads(self.store.get(_key(number))))
+            return Part(**small_json.read(self.store, _key(number), dict, small_json.LARGE))
         except (MissingObject, TypeError, ValueError):
             raise DataError(
                 f"{self.store.uri}/{_key(number)}: missing or not readable; remove what was begun here and write anew"
@@ -119,9 +120,8 @@ def _key(number: int) -> str:
 
 def _json(store: Store, key: str) -> Json | None:
     try:
-        value = json.loads(store.get(key))
+        return small_json.read(store, key, dict, small_json.LARGE)
     except MissingObject:
         return None
-    except ValueError:
-        value = {}
-    return value if isinstance(value, dict) else {}
+    except small_json.Unreadable:
+        return {}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from core import sockets
 from core.data.cutting import BOX, check_policies
 from core.data.order import Order
 from core.data.prefetch import Prefetch
@@ -225,6 +226,8 @@ def in_workers(
     dataset: Dataset[Any], tasks: Any, workers: int, prefetch: int, pin: bool = False, context: str | None = None
 ) -> DataLoader[Any]:
     """Items of `dataset` for each of `tasks`, in their order, made by worker processes; a generator of its own."""
+    if workers:
+        sockets.shorten()  # by which workers send tensors
     return DataLoader(
         dataset,
         sampler=tasks,

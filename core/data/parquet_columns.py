@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core import small_json
 from core.data.source import DataError
 
 _IMAGES = ("image", "img", "jpg", "png", "webp")
@@ -64,7 +64,8 @@ def numbered(values: Sequence[Any], classes: list[str], where: str) -> tuple[lis
 def _notes(schema: pa.Schema) -> dict[str, Any]:
     """What the hub's library has written into the schema."""
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]
+        noted = (schema.metadata or {}).get(b"huggingface", b"{}")
+        info = small_json.parse(noted, dict, "huggingface", small_json.LARGE)["info"]
     except (ValueError, KeyError, TypeError):
         return {}
     return info if isinstance(info, dict) else {}

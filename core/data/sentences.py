@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from typing import Any
 
+from core import small_json
 from core.data.source import DataError
 
 MARKS = ("captions", "caption", "tags", "task")
@@ -38,8 +38,10 @@ def candidates(payload: str) -> list[str]:
     name one of MARKS, which are most likely broken objects.
     """
     try:
-        value = json.loads(payload)
-    except ValueError:
+        value = small_json.parse(payload, object, "a sentence")
+    except small_json.Excessive as error:
+        raise CorruptText(f"no sentence in {payload[:80]!r}: {error.why}") from None
+    except small_json.Unreadable:
         value, found = None, [payload]
     else:
         found = _sentences(value[0] if isinstance(value, list) and value else value)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
+from core import small_json
 from core.storage import MissingObject, Store, StoreError
 
 FOLDER = "writers"
@@ -91,7 +92,10 @@ class SoleWriter:
             return b""
 
     def _who(self, number: int) -> str:
-        who = json.loads(self._get(_key(number)) or "{}")
+        try:
+            who = small_json.read(self._store, _key(number), dict)
+        except (MissingObject, small_json.Unreadable):
+            who = {}
         return f"process {who.get('pid')} on {who.get('host')} (since {who.get('since')})" if who else "another writer"
 
     def _other(self, number: int) -> OtherWriter:

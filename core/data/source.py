@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core import small_json
 from core.data.fingerprint import fingerprint
 from core.data.order import Order
 from core.folder import FileStore
@@ -204,11 +204,12 @@ def open_source(uri: str, cache: ShardCache | None = None) -> Source:
 def _shard_index(store: Store) -> dict[str, Any] | None:
     """index.json when it is one of shards (people's image folders may hold another file of that name)."""
     try:
-        index = json.loads(store.get("index.json"))
+        index = small_json.read(store, "index.json", object, small_json.LARGE)
     except MissingObject:
         return None
-    except ValueError:
-        raise DataError(f"{store.uri}/index.json: not valid JSON; write the shards again or remove it") from None
+    except small_json.Unreadable as error:
+        why = f"{store.uri}/index.json: not valid JSON ({error.why})"
+        raise DataError(f"{why}; write the shards again or remove it") from None
     return index if isinstance(index, dict) and index.get("format") == SHARD_FORMAT else None
 
 

@@ -7,13 +7,13 @@ decoded; large ones are not read either.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from core import small_json
 from core.data.ranged_file import RangedFile
 from core.data.source import SUFFIXES, DataError
 from core.storage import Store, crc32c
@@ -134,14 +134,12 @@ def _described(beside: dict[str, Member]) -> dict[str, object]:
     if "json" not in beside or {"cls", "txt"} <= beside.keys():
         return {}
     try:
-        value = json.loads(_content(beside["json"]).decode())
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    if "cls" in beside:
-        return {}  # a text less
-    raise _Unusable(".json is no JSON object in UTF-8")
+        return small_json.parse(_content(beside["json"]).decode(), dict, beside["json"].key)
+    except ValueError as error:
+        if "cls" in beside:
+            return {}  # a text less
+        deep = isinstance(error, small_json.Excessive)
+        raise _Unusable(f".json is {error}" if deep else ".json is no JSON object in UTF-8") from None
 
 
 def _label(described: dict[str, object]) -> int | str | None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core import small_json
 from core.data.fingerprint import fingerprint
 from core.data.shards import ROW
 from core.data.source import DataError
 from core.data.tar_scan import Found, scan_tar
 from core.folder import FileStore
-from core.storage import Entry, MissingObject, Store
+from core.private import locked, own_folder, private_folder
+from core.storage import Entry, MissingObject, Store, local_errors
 
 NAMES = "classes.txt"  # beside the tars: names of the labels 0, 1, ..., one a line
 _SCANS_AT_ONCE = 8
@@ -52,7 +50,7 @@ class TarTable:
     @classmethod
     def unpack(cls, data: bytes) -> TarTable:
         end = data.index(b"\n") + 1
-        head = json.loads(data[:end])
+        head = small_json.parse(data[:end], dict, "the table of a scan", small_json.LARGE)
         count = sum(head["samples"])
         rows = np.frombuffer(data, ROW, count, end)
         key_ends = np.frombuffer(data, "<i8", count, end + rows.nbytes)
@@ -65,13 +63,15 @@ class TarTable:
 def tar_table(store: Store, tars: Sequence[Entry], folder: Path | None = None) -> TarTable:
     """Scanned unless `folder` (else one of this user's own in the system's temporary directory) holds it already.
 
-    A tar of another size or time is another one.  Raises DataError.
+    A tar of another size or time is another one.  Raises DataError, StoreError.
     """
     names = _class_names(store)
     listing = "\n".join(f"{tar.key!r} {tar.size} {tar.modified}" for tar in tars)
     name = fingerprint("scan", store.uri, listing, *names)
-    kept = FileStore(folder or Path(tempfile.gettempdir()) / f"retort-scans-{os.getuid()}")
-    with _lock(kept.root, name):
+    kept = FileStore(folder or own_folder("scans"))
+    with local_errors(f"scans of tars, {kept.root}"):
+        private_folder(kept.root)
+    with locked(kept.root / f"{name}.lock"):
         try:
             return TarTable.unpack(kept.get(name))
         except MissingObject:
@@ -125,12 +125,3 @@ def _class_names(store: Store) -> list[str]:
         return []
     except UnicodeDecodeError:
         raise DataError(f"{store.uri}/{NAMES}: not UTF-8 text; give one class name a line") from None
-
-
-@contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    """One process of this machine scans, the others wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,6 +13,7 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from core.data.fingerprint import fingerprint
 from core.data.source import DataError
 from core.folder import FileStore
-from core.storage import ABSENT, MissingObject, Store, local_errors, open_store
+from core.storage import ABSENT, MissingObject, Store, local_errors
 
 Ints = NDArray[np.int64]
 READ_BYTES = 1 << 24
@@ -216,7 +217,9 @@ def _list_file(store: Store, key: str) -> list[str] | None:
 def _open(store: Store, path: str) -> Table:
     if not path.startswith("/"):
         return Table(store, path)
-    return Table(open_store(f"file://{posixpath.dirname(path)}"), posixpath.basename(path))
+    if not isinstance(store, FileStore):
+        raise DataError(f"{store.uri}: a list names {path}, a file of this machine; name tables of the bucket")
+    return Table(FileStore(Path(posixpath.dirname(path))), posixpath.basename(path))
 
 
 def from_base64(text: str, what: str) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core import small_json
 from core.data.files import Files
 from core.features.about import About
 from core.features.codec import FeatureError, layout
@@ -82,10 +82,13 @@ class Rows:
         """Offsets of the tensors.  Raises FeatureError unless they are those that the set holds."""
         if (view, number) not in self._headers:
             size = int.from_bytes(self._bytes(view, number, part, 0, 8), "little")
-            content = json.loads(self._bytes(view, number, part, 8, size))
-            self._headers[view, number] = self._offsets(
-                content, 8 + size, part, f"{self._files.store.uri}/{file(view, number, part)}"
-            )
+            where = f"{self._files.store.uri}/{file(view, number, part)}"
+            try:
+                header = self._bytes(view, number, part, 8, min(size, small_json.SMALL + 1))
+                content = small_json.parse(header, dict, where)
+            except small_json.Unreadable as error:
+                raise FeatureError(f"{error}: {MEND}") from None
+            self._headers[view, number] = self._offsets(content, 8 + size, part, where)
         return self._headers[view, number]
 
     def _offsets(self, content: dict[str, Any], start: int, part: Part, where: str) -> Header:

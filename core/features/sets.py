@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core import small_json
 from core.features.about import About, differences, fingerprint
 from core.features.codec import FeatureError
 from core.storage import MissingObject, Store, crc32c, open_store
@@ -49,6 +50,16 @@ def division(shard_sizes: Ints, repeats: int, rows: int) -> list[int]:
     if not ends or ends[-1] < int(shard_sizes.sum()) * repeats:
         ends.append(int(shard_sizes.sum()) * repeats)
     return ends
+
+
+def is_set(folder: Store) -> bool:
+    """Whether this is the folder of a set: its name is that of what it says it is of.  Raises StoreError."""
+    try:
+        content = json.loads(folder.get(ABOUT))
+        named = fingerprint(content["about"])
+    except (MissingObject, ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return named == content.get("fingerprint") and folder.uri.endswith(f"/{named[:16]}")
 
 
 class FeatureSet:
@@ -175,12 +186,9 @@ class FeatureSet:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads(self.store.get(name))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise FeatureError(f"{self.store.uri}/{name} is not what was written there: {MEND}")
-        return content
+            return small_json.read(self.store, name, dict, small_json.LARGE)
+        except small_json.Unreadable:
+            raise FeatureError(f"{self.store.uri}/{name} is not what was written there: {MEND}") from None
 
 
 MEND = "`make features RECIPE=... VERIFY=1` drops what is damaged, and the next `make features` makes it again"
@@ -203,7 +211,7 @@ def find(root: str, about: About) -> FeatureSet | None:
 def _found(store: Store, about: About) -> FeatureSet | None:
     name = fingerprint(about)
     try:
-        content = json.loads(store.get(ABOUT))
+        content = small_json.read(store, ABOUT, dict, small_json.LARGE)
         if content["fingerprint"] != name or fingerprint(content["about"]) != name:
             raise FeatureError(
                 f"{store.uri}/{ABOUT}: wanted are features {name}, these are {fingerprint(content['about'])}; remove "
@@ -236,7 +244,7 @@ def nearest(root: str, about: About) -> tuple[str, list[str]] | None:
     for entry in store.list():
         if entry.key.endswith(f"/{ABOUT}"):
             try:
-                content = json.loads(store.get(entry.key))
+                content = small_json.read(store, entry.key, dict, small_json.LARGE)
                 same = content["about"]["teacher"]["model"] == about["teacher"]["model"]
                 found = differences(content["about"], about)
             except (ValueError, KeyError, TypeError):  # damaged: of these, whoever wants them is told

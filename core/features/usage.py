@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from core import small_json
 from core.config import fingerprint
 from core.recipe import Recipe
 from core.storage import Store
@@ -26,12 +27,14 @@ def note(run: Store, recipe: Recipe, stage: str, sets: Iterable[str]) -> None:
 def noted(run: Store) -> dict[str, Note]:
     """By stage, of those that have begun.  Raises StoreError."""
     keys = [entry.key for entry in run.list(f"{FOLDER}/")]
-    return {key.removeprefix(f"{FOLDER}/").removesuffix(".json"): _note(run.get(key)) for key in keys}
+    return {key.removeprefix(f"{FOLDER}/").removesuffix(".json"): _note(run, key) for key in keys}
 
 
-def _note(content: bytes) -> Note:
+def _note(run: Store, key: str) -> Note:
     """Of a note that is damaged, one of no recipe."""
     try:
-        return Note(**json.loads(content))
+        found = Note(**small_json.read(run, key, dict))
+        sound = isinstance(found.sets, list) and all(isinstance(name, str) for name in found.sets)
     except (ValueError, TypeError):
-        return Note("", [])
+        sound = False
+    return found if sound else Note("", [])

@@ -18,6 +18,13 @@ class SampleDropPath(DropPath):
         return "mask" if self.rate > 0 else "none"
 
 
+def remove_drop_path(model: nn.Module) -> None:
+    """Set the rate of timm's modules to 0: some networks have stochastic depth where nothing is said of it."""
+    for module in model.modules():
+        if isinstance(module, timm.layers.drop.DropPath):
+            module.drop_prob = 0.0
+
+
 def use_sample_drop_path(model: nn.Module) -> None:
     """Put `SampleDropPath` in the place of timm's modules, and of UNIC's rules, of the same rates."""
     for parent in [*model.modules()]:

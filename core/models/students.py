@@ -11,7 +11,9 @@ from torch import nn
 
 from core.config import ConfigError, nearest
 from core.methods.base import Info
+from core.models.arguments import check_arguments
 from core.models.clip import as_projection
+from core.models.drop_path import remove_drop_path
 from core.models.features import family, stride
 from core.models.known import KNOWN
 from core.models.locate import read_weights
@@ -21,13 +23,19 @@ from core.models.vit import set_drop_path
 from core.models.weights import load_strict
 from core.recipe import Student
 
+ELSEWHERE = {
+    "img_size": "the size of a stage's images is train.img_size",
+    "drop_path_rate": "the rate of stochastic depth is student.drop_path",
+}
+
 
 def create(name: str, args: dict[str, Any], img_size: int | None, field: str) -> nn.Module:
     """A timm model with random weights, for images of `img_size` where its weights depend on that.
 
     Without a head, or (args: num_classes) with one that is a projection: it has no bias to train.
-    Raises ConfigError for an unknown name or argument.
+    Raises ConfigError for an unknown name or argument, and for one that would load weights or be dropped.
     """
+    check_arguments(args, field)
     if name not in timm.list_models(name):
         base, _, tag = name.partition(".")
         hint = f"; {tag!r} names weights: write name: {base} and weights: hub:timm/{name}" if tag else ""
@@ -76,8 +84,9 @@ def describe_student(student: Student, img_size: int) -> Info:
 
     Raises ConfigError.
     """
-    if "img_size" in student.args:
-        raise ConfigError("student.args.img_size: the size of a stage's images is train.img_size; remove this one")
+    for name, place in ELSEWHERE.items():
+        if name in student.args:
+            raise ConfigError(f"student.args.{name}: {place}; remove this one")
     with torch.device("meta"):
         return describe(create(student.name, student.args, img_size, "student"), student.name, img_size, "student")
 
@@ -99,7 +108,9 @@ def build_student(
             initialise(model)
     if student.weights:
         load_strict(model, read_weights(student.weights, student.name, root), fit_positions=True)
-    if info.is_vit and student.drop_path:
+    if not student.drop_path:
+        remove_drop_path(model)
+    elif info.is_vit:
         try:
             set_drop_path(model, student.drop_path)
         except TypeError as error:

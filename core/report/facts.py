@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from core import commits
+from core import commits, small_json
+from core.merge import load_yaml
 from core.metrics import read_metrics
 from core.storage import Entry, MissingObject, Store
 
@@ -59,7 +59,7 @@ class Facts:
     recipe: Json = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", yaml.safe_load(self.recipe_yaml) or {})
+        object.__setattr__(self, "recipe", _recipe(self.recipe_yaml))
 
     @property
     def id(self) -> str:
@@ -92,8 +92,17 @@ class Facts:
         return [_attempt(number, own) for number, own in sorted(moves.items())]
 
 
+def _recipe(text: str) -> Json:
+    """Nothing of a recipe that cannot be read: the page shows its text."""
+    try:
+        found = load_yaml(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def gather(run: Store, root: str, now: float) -> Facts:
-    """Read a run folder.  Raises StoreError for anything but what is not there."""
+    """Read a run folder.  Raises StoreError, also as Unreadable, for anything but what is not there."""
     course = list(commits.checkpoints(run, warn=_ignore))
     evaluations = [e.key for e in run.list("evaluations/") if e.key.endswith(".json")]
     return Facts(
@@ -121,8 +130,10 @@ def _text(run: Store, key: str) -> str:
 
 
 def _json(run: Store, key: str) -> Json:
-    content: Json = json.loads(_text(run, key) or "{}")
-    return content
+    try:
+        return small_json.read(run, key, dict)
+    except MissingObject:
+        return {}
 
 
 def _starts(run: Store) -> dict[int, int]:

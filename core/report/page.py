@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import time
 from collections.abc import Iterable, Sequence
 
 from core.report.style import style
+from core.text import shown
 
 VOID = ("meta", "br")
-CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours of terminals, characters HTML forbids
 NONE = "\u2013"
 
 
@@ -26,7 +25,7 @@ class Html(str):
 
 def esc(value: object) -> Html:
     """Any text as harmless markup."""
-    return value if isinstance(value, Html) else Html(html.escape(CONTROL.sub("", str(value))))
+    return value if isinstance(value, Html) else Html(html.escape(shown(str(value), spelt=False)))
 
 
 def join(parts: Iterable[object], between: str = "") -> Html:

@@ -7,12 +7,15 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import UserError, nearest
+from jobs.errors import NotReady, UserError, nearest
 from jobs.placement import Placement, spread
 
 if TYPE_CHECKING:
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from jobs.record import Run
 
 BUILT = ("local", "slurm", "ray")
+CLUSTER: ContextVar[str] = ContextVar("CLUSTER", default="")  # file of the command that runs now
+
+
+class Elsewhere(NotReady):  # noqa: N818 (says where the run is)
+    """By its record a run is where this machine is not set up to look, so nobody there is asked anything."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,11 @@ class Order:
 
 
 class Launcher(ABC):
-    """Starts the ranks of a run somewhere and can reach them again through what it wrote into the run's record."""
+    """Starts the ranks of a run somewhere and can reach them again through what it wrote into the run's record.
+
+    Whoever may write to the store can write that info as well. So it only ever narrows what this machine is set up for:
+    no address, context, folder or option comes from there, and what is ended bears this run's name.
+    """
 
     name: str
     shares_tree: bool  # ranks see this working tree and this machine's file:// stores
@@ -104,20 +116,25 @@ class Launcher(ABC):
         raise UserError(f"LAUNCHER: {self.name} starts no workers; use local or slurm")
 
     @abstractmethod
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ask the ranks behind a transition's info to save and end; False when they cannot be reached from here.
 
         at_once: they have been asked before and are still there.
         """
 
     @abstractmethod
-    def look(self, info: Mapping[str, Any]) -> Look:
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
         """Whether anybody still works on the run."""
 
-    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+    def folder(self) -> Path:
+        """Where logs of runs lie, each in a folder of its own."""
+        return Path.cwd() / ".retort" / "logs"
+
+    def logs(self, run: Run, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
         """What can be had from here of an attempt's logs, by name."""
-        folder = Path(info.get("logs", "")) / f"attempt-{attempt:04d}"
-        return {path.name: path.read_bytes() for path in sorted(folder.glob("*.log"))}
+        own = self.folder() / run.id
+        found = sorted((own / f"attempt-{attempt:04d}").glob("*.log")) if info.get("logs") == str(own) else []
+        return {path.name: path.read_bytes() for path in found}
 
 
 class OnSite(Launcher):
@@ -142,6 +159,32 @@ def find(name: str) -> Launcher:
         raise UserError(f"LAUNCHER: {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")
     launcher: Launcher = importlib.import_module(f"jobs.launchers.{name}").LAUNCHER
     return launcher
+
+
+@contextmanager
+def configured(cluster: str) -> Iterator[None]:
+    """While a command runs: the cluster file that it was given, "" for none."""
+    token = CLUSTER.set(cluster)
+    try:
+        yield
+    finally:
+        CLUSTER.reset(token)
+
+
+def of(info: Mapping[str, Any]) -> Launcher:
+    """The launcher of a run by its record, with what this machine is set up for.  Raises Elsewhere, ConfigError."""
+    name, cluster = info.get("launcher", "local"), CLUSTER.get() or os.environ.get("RETORT_CLUSTER", "")
+    if name not in BUILT:
+        raise Elsewhere(f"its record names a launcher {name!r}, of which there is none")
+    return _on_site(name, cluster) if cluster else find(name)
+
+
+@cache
+def _on_site(name: str, cluster: str) -> Launcher:
+    """One for each cluster file: launchers remember for some seconds what they have heard."""
+    from jobs.cluster import load
+
+    return find(name).at(load(cluster))
 
 
 def automatic() -> tuple[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from jobs.errors import BUG, OK, JobError
 from jobs.placement import Placement, gpu_count
-from jobs.spec import REPOSITORY
+from jobs.spec import REPOSITORY, imports
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -45,7 +45,7 @@ def environment(number: int, count: int, placement: Placement) -> Mapping[str, s
     if placement.device == "cuda":
         there = os.environ.get(DEVICES, "").split(",") if os.environ.get(DEVICES) else range(gpu_count())
         own[DEVICES] = str(there[number % len(there)])
-    return {**os.environ, **own}
+    return {**os.environ, **imports(), **own}
 
 
 def ending(code: int) -> str:

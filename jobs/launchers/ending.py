@@ -6,11 +6,15 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import shortage
 from jobs.errors import BUG, HUNG, NOT_READY, OK, PREEMPTED, redact
 from jobs.record import State, Transition
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REASON_LINES = 12
+# By signal: what may have been used up, and what to do then.
+LIKELY = {signal.SIGKILL: (" (out of memory?)", f"if `dmesg` on its node says so: {shortage.MEMORY}"),
+          signal.SIGBUS: (" (/dev/shm full?)", shortage.SHARED)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,13 @@ def order(ended: Exit) -> int:
 
 def reason(failure: Exit, log: Path) -> str:
     """What is known of a failure: the rank, how it ended, and its last words."""
-    how = "hung" if failure.code == HUNG else f"exit code {failure.code}"
+    how, lack, remedy = "hung" if failure.code == HUNG else f"exit code {failure.code}", "", ""
     if failure.code < 0:
-        how = f"killed by {signal.Signals(-failure.code).name}"
-        how += " (out of memory?)" if failure.code == -signal.SIGKILL else ""
+        number = signal.Signals(-failure.code)
+        how, (lack, remedy) = f"killed by {number.name}", LIKELY.get(number, ("", ""))
     lines = _text(log).strip().splitlines()[-REASON_LINES:]
-    return redact("\n".join([f"rank {failure.rank}: {how}", *lines]))
+    advice = [f"-> {remedy}"] if remedy else []
+    return redact("\n".join([f"rank {failure.rank}: {how}{lack}", *lines, *advice]))
 
 
 def _text(log: Path) -> str:

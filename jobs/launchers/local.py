@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core import machine, sockets
 from core.storage import StoreError
 from jobs import process
 from jobs.errors import BUG, NotReady, describe
@@ -22,12 +23,14 @@ from jobs.launchers.ending import STOP_SIGNALS
 from jobs.launchers.supervisor import Policy, Supervisor
 from jobs.placement import Placement, gpu_count, place
 from jobs.record import IllegalMove, Run, State
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
 
+TIED = "RETORT_TIED"  # where it is set, a run ends with the process that submitted it, whose store does
 SPARE_S = 60.0  # beyond the grace that ranks have, before they are killed
+PROGRAM = "jobs.launchers.local"
 WORKER = (sys.executable, "-m", "jobs.worker")
 PRELOAD = ("torch", "torch._dynamo", "timm", "deepspeed", "core.train", "jobs.heartbeat", "jobs.ranks_env")
 
@@ -49,6 +52,14 @@ class Local(Launcher):
     def place(self, recipe: Recipe) -> Placement:
         return place(recipe, gpu_count())
 
+    def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
+        """Raises StoreError where ranks could not keep shards, or send each other tensors, on this machine."""
+        from core.inputs import shard_cache
+
+        shard_cache(recipe.loader)
+        if recipe.loader.workers:
+            sockets.place()
+
     def submit(self, orders: Sequence[Order], placement: Placement) -> list[bool]:
         return [self._submit(order, placement) for order in orders]
 
@@ -56,12 +67,13 @@ class Local(Launcher):
         from core.config import to_yaml
 
         run, attempt = order.run, order.attempt
-        logs = Path.cwd() / ".retort" / "logs" / run.id
+        logs = self.folder() / run.id
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NotReady(f"logs: {logs} cannot be made ({error.strerror}): work in a folder of your own") from None
-        child = self._start_supervisor(run, attempt, placement, logs)
+        with machine.told(order.recipe):
+            child = self._start_supervisor(run, attempt, placement, logs)
         own = {**asdict(placement), **process.identity(child.pid), "launcher": self.name, "logs": str(logs)}
         info = {**order.info, **own}
         assert child.stdin is not None
@@ -79,25 +91,29 @@ class Local(Launcher):
         own = ["--run", run.id, "--store", run.root, "--attempt", str(attempt), "--logs", str(logs)]
         place = ["--ranks", str(placement.ranks), "--device", placement.device, "--threads", str(placement.threads)]
         own += [*place, "--preload", ",".join(self.preload), "--", *self.worker]
-        search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (logs / "supervisor.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "jobs.launchers.local", *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                start_new_session=True, env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+                [sys.executable, "-m", PROGRAM, *own], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True, env={**os.environ, **imports(), "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         return crew.work(arguments, count, placement)
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
-        return process.send(info, signal.SIGTERM)  # the supervisor gives ranks so long and no longer
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
+        return process.send(info, signal.SIGTERM, *_program(run))  # the supervisor gives ranks so long and no longer
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        alive = process.alive(info)
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        alive = process.runs(info, *_program(run))
         return Look(alive, f"its process {info['pid']} on this machine is gone" if alive is False else "")
 
 
 LAUNCHER = Local()
+
+
+def _program(run: Run) -> tuple[str, ...]:
+    """Module and words of a run's supervisor."""
+    return PROGRAM, "--run", run.id, "--store", run.root
 
 
 def main(arguments: list[str]) -> int:
@@ -117,6 +133,8 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     for signum in STOP_SIGNALS:
         signal.signal(signum, supervisor.stop)
+    if TIED in os.environ:
+        process.die_with_parent()
     try:
         return supervisor.work(options.attempt)
     except Exception as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
-import socket
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from jobs.launchers.ending import Exit
 from jobs.launchers.fork_server import Forked, ForkServer
 from jobs.placement import Placement
-from jobs.spec import REPOSITORY
+from jobs.ranks_env import FILE
+from jobs.spec import imports
 
 
 class Ranks:
@@ -26,10 +28,10 @@ class Ranks:
         self.folder = folder
         self._exits: queue.SimpleQueue[Exit] = queue.SimpleQueue()
         self._processes: list[Forked] = []
-        port = free_port()
+        self._meeting = Path(tempfile.mkdtemp(prefix="retort-ranks-"))  # which only this user may enter
         for rank in range(placement.ranks):
             self.log(rank).touch()  # whoever looks for it finds it before the rank has opened it
-            child = server.start(command, rank_environment(rank, placement, port), self.log(rank))
+            child = server.start(command, rank_environment(rank, placement, self._meeting / "store"), self.log(rank))
             self._processes.append(child)
             threading.Thread(target=self._wait, args=(rank, child), daemon=True).start()
 
@@ -58,6 +60,7 @@ class Ranks:
         """End the ranks and what they started, at once."""
         for child in self._processes:
             child.kill()
+        shutil.rmtree(self._meeting, ignore_errors=True)
 
     def end(self, grace_s: float) -> None:
         """Ask the ranks that are left to end, and make them after `grace_s`."""
@@ -73,26 +76,17 @@ class Ranks:
 
 def common_environment(placement: Placement) -> dict[str, str]:
     """What all ranks see alike: this process's own environment and what is read while packages are imported."""
-    search = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
         "WORLD_SIZE": placement.ranks,
         "LOCAL_WORLD_SIZE": placement.ranks,
         "OMP_NUM_THREADS": placement.threads,
         "DS_ACCELERATOR": placement.device,  # or DeepSpeed would ask CUDA, behind which no process may be forked
         "PYTHONUNBUFFERED": 1,
-        "PYTHONPATH": os.pathsep.join(search),
     }
-    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+    return {**os.environ, **imports(), **{name: str(value) for name, value in own.items()}}
 
 
-def rank_environment(rank: int, placement: Placement, port: int) -> dict[str, str]:
-    """Environment of one rank: what is common to all, and what torch.distributed reads."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def rank_environment(rank: int, placement: Placement, meeting: Path) -> dict[str, str]:
+    """Environment of one rank: what is common to all, its number, and the file in which ranks meet."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, FILE: meeting}
     return {**common_environment(placement), **{name: str(value) for name, value in own.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core import machine
 from core.storage import StoreError
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
@@ -77,15 +78,16 @@ class Slurm(OnSite):
         from core.config import to_yaml
 
         runs, root = [order.run.id for order in orders], orders[0].run.root
-        folder = script.folder(self.cluster)
+        folder = self.folder()
         made = script.training(orders[0].recipe, self.cluster, placement, runs, root, folder)
         array = _sbatch(made, folder, hold=True)
         jobs = [array] if len(orders) == 1 else [f"{array}_{i}" for i in range(len(orders))]
         try:
-            after = {verb: _sbatch(script.after(verb, self.cluster, placement, runs, root, folder, array), folder)
+            places = runs, root, folder, array, machine.named(orders[0].recipe)
+            after = {verb: _sbatch(script.after(verb, self.cluster, placement, *places), folder)
                      for verb in orders[0].after}  # fmt: skip
         except SlurmError:
-            queue.call("scancel", array)
+            queue.cancel(array)
             raise
         won: list[bool] = []
         try:
@@ -97,12 +99,12 @@ class Slurm(OnSite):
                 if won[-1]:
                     order.run.write_recipe(to_yaml(order.recipe))
                 else:
-                    queue.call("scancel", job, *later.values())
+                    queue.cancel(job, *later.values())
             if any(won):
                 queue.call("scontrol", "release", array)
         except BaseException as error:  # a job that stays held for ever would look as if it waited
             with suppress(SlurmError):
-                queue.call("scancel", array, *after.values())
+                queue.cancel(array, *after.values())
             for order, mine in zip(orders, won, strict=False):
                 with suppress(IllegalMove, StoreError):
                     if mine:
@@ -111,7 +113,7 @@ class Slurm(OnSite):
         return won
 
     def render(self, run: Run, recipe: Recipe, placement: Placement) -> Path:
-        folder, path = script.folder(self.cluster), script.TEMPLATES / "out" / f"{recipe.name}.sbatch"
+        folder, path = self.folder(), script.TEMPLATES / "out" / f"{recipe.name}.sbatch"
         if queue.answers():
             self.check(recipe, run.root, placement)
             folder.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
@@ -120,41 +122,50 @@ class Slurm(OnSite):
         return path
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
-        folder = script.folder(self.cluster)
+        folder = self.folder()
         job = _sbatch(script.workers(arguments, count, recipe, self.cluster, placement, folder), folder)
         logs = f"{folder}/job-{job}{'_*' if count > 1 else ''}.log"
         return f"SLURM job {job}: {count} workers; squeue --jobs={job} shows them, scancel {job} ends them; {logs}"
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+    def folder(self) -> Path:
+        return script.folder(self.cluster)
+
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ranks that work save and leave, and the batch script ends the job; one that waits leaves the queue."""
         try:
-            job = queue.find(info["job"])
+            number = queue.number(info.get("job"))
+            job = queue.find(number) if _is_here(info) and _is_of(run, number) else None
             if job is None:
                 return False
-            if job.state == "RUNNING" and not at_once:
-                queue.call("scancel", "--signal=TERM", info["job"])
-            else:
-                queue.call("scancel", info["job"])
-            for waiting in info.get("after", {}).values():
-                queue.call("scancel", waiting)
+            queue.cancel(number, signal="TERM" if job.state == "RUNNING" and not at_once else "")
         except SlurmError:
             return False
+        later = info.get("after")
+        for waiting in later.values() if isinstance(later, dict) else ():
+            with suppress(SlurmError):
+                if _is_of(run, waiting):
+                    queue.cancel(waiting)
         return True
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        return self._looks.at(info["job"], lambda: self._look(info))
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        return self._looks.at(str(info.get("job")), lambda: self._look(run, info))
 
-    def _look(self, info: Mapping[str, Any]) -> Look:
+    def _look(self, run: Run, info: Mapping[str, Any]) -> Look:
         try:
-            if info.get("slurm") and info["slurm"] != queue.cluster_name():
+            number = queue.number(info.get("job"))
+        except SlurmError as error:
+            return Look(None, str(error))
+        try:
+            if not _is_here(info):
                 return Look(None)
-            job = queue.find(info["job"])
+            job = queue.find(number)
         except SlurmError:
             return Look(None)
         if job:
-            return Look(True, f"SLURM job {info['job']} {job}")
-        how = queue.ended(info["job"]) or "not in the queue any more"
-        return Look(False, f"SLURM job {info['job']} is {how}{_said(info)}")
+            return Look(True, f"SLURM job {number} {job}")
+        how = queue.ended(number) or "not in the queue any more"
+        said = _said(self.folder() / run.id, number) if info.get("logs") == str(self.folder() / run.id) else ""
+        return Look(False, f"SLURM job {number} is {how}{said}")
 
 
 LAUNCHER = Slurm()
@@ -168,9 +179,19 @@ def _claim(order: Order, info: dict[str, Any]) -> bool:
     return True
 
 
-def _said(info: Mapping[str, Any]) -> str:
+def _is_here(info: Mapping[str, Any]) -> bool:
+    """Whether a job is of this machine's SLURM, as far as the record says.  Raises SlurmError."""
+    return not info.get("slurm") or info["slurm"] == queue.cluster_name()
+
+
+def _is_of(run: Run, job: str) -> bool:
+    """Whether a job bears the name of this run's, alone or in an array.  Raises SlurmError."""
+    return queue.named(job) in script.names(run.id)
+
+
+def _said(logs: Path, job: str) -> str:
     """What the job's newest step had to say of its end, where its log can be seen from here."""
-    path = Path(info.get("logs", "")) / f"said-{info['job'].partition('_')[0]}.log"
+    path = logs / f"said-{job.partition('_')[0]}.log"
     try:
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("error: ")]
     except OSError:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from core import commits
+from core.small_json import Unreadable
 from core.storage import StoreError
 from jobs import inputs
 from jobs.errors import BUG, OK, PREEMPTED, NotReady, redact
@@ -148,6 +149,8 @@ def patiently(action: Callable[[], T], leaving: threading.Event, limit_s: float 
     while True:
         try:
             return action()
+        except Unreadable:  # waiting does not mend it
+            raise
         except StoreError as error:
             print(f"store: {redact(str(error))}", flush=True)
             if time.monotonic() > limit or leaving.wait(random.uniform(1.0, STORE_PAUSE_S)):

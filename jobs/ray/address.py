@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from core import machine
 from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError, redact
-from jobs.launchers import Launcher, Look, Looks, Order, tries
+from jobs.launchers import Elsewhere, Launcher, Look, Looks, Order, tries
 from jobs.placement import Placement, allowed_ranks, demand, fits, gathered
 from jobs.ray import command
 from jobs.spec import REPOSITORY
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from core.recipe import Recipe
+    from jobs.record import Run
 
 STOP_S = 30  # that workers without a record have to leave
 CONNECT_S, ANSWER_S = 5.0, 30.0
@@ -114,31 +117,32 @@ class OnCluster(Launcher):
         return [self._submit(order, placement) for order in orders]
 
     def _submit(self, order: Order, placement: Placement) -> bool:
-        at, job = self.client.get_address(), f"{command.tagged(order.run.id, order.run.root)}-{order.attempt}"
+        at, job = self.address, f"{command.tagged(order.run.id, order.run.root)}-{order.attempt}"
         info = {**order.info, **asdict(placement), "launcher": self.name, "job": job, "at": at, "session": self.session}
         return tries.submit(order, info, lambda: self._start(job, order, placement, at))
 
     def _start(self, job: str, order: Order, placement: Placement, at: str) -> None:
         python, after = self.cluster.python or "python", ",".join(order.after)
         line = command.line(python, order.run.id, order.run.root, job, at, placement, self.cluster.cpus_per_task, after)
-        self._give(job, line, round(order.recipe.launch.grace_s) + 60)
+        self._give(job, line, round(order.recipe.launch.grace_s) + 60, order.recipe)
 
     def workers(self, arguments: Sequence[str], count: int, recipe: Recipe, placement: Placement) -> str:
         job = f"{recipe.name}-workers-{uuid.uuid4().hex[:6]}"
         each = demand(placement.device, self.cluster.cpus_per_task)
         line = command.workers(self.cluster.python or "python", arguments, count, each, placement.threads)
-        self._give(job, line, STOP_S)
+        self._give(job, line, STOP_S, recipe)
         return (
             f"Ray job {job}: {count} workers of {command.told(each)}; ray job logs --follow {job} shows what they say, "
             f"ray job stop {job} ends them (with RAY_ADDRESS={self.address})"
         )
 
-    def _give(self, job: str, line: str, grace_s: int) -> None:
+    def _give(self, job: str, line: str, grace_s: int, recipe: Recipe) -> None:
         """A job whose entry point is one line of shell.  grace_s: from being asked to stop.  Raises NotReady."""
         variables = {
             name: os.environ[name] for name in SHARED if os.environ.get(name) and not _is_here(os.environ[name])
         }
-        variables |= {**self.cluster.network(), **self.cluster.env, "RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
+        variables |= {**self.cluster.network(), **self.cluster.env, **machine.named(recipe)}
+        variables["RAY_JOB_STOP_WAIT_TIME_S"] = str(grace_s)
         others = [f"/{path.name}" for path in REPOSITORY.iterdir() if path.name not in NAMES]
         code = {"working_dir": str(REPOSITORY), "excludes": [*others, "__pycache__"], "env_vars": variables}
         limit = time.monotonic() + AGENT_S
@@ -152,21 +156,22 @@ class OnCluster(Launcher):
                     raise NotReady(f"the Ray cluster at {self.address} takes no job: {_told(error)}") from None
                 time.sleep(1.0)
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ask the job to end: its ranks read in the record that the run is cancelled, save and leave."""
         if at_once:
             return False  # Ray has been told how long it may take, and ends it then
         try:
-            return bool(self.client.stop_job(info["job"]))
+            job = _job(run, info)  # before anybody is asked
+            return bool(self.client.stop_job(job))
         except _errors(NotReady):
             return False
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        return self._looks.at(info["job"], lambda: self._look(info))
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        return self._looks.at(str(info.get("job")), lambda: self._look(run, info))
 
-    def _look(self, info: Mapping[str, Any]) -> Look:
-        job = info["job"]
+    def _look(self, run: Run, info: Mapping[str, Any]) -> Look:
         try:
+            job = _job(run, info)
             if info.get("session") not in (None, self.session):
                 return Look(None, f"another Ray cluster than that of job {job} answers at {self.address} now")
             found = self.client.get_job_info(job)
@@ -182,12 +187,21 @@ class OnCluster(Launcher):
             return Look(False, "\n".join([f"Ray job {job} {ENDED[state]}", *(redact(line) for line in said)]))
         return Look(True, f"Ray job {job} is {state} at {self.address}")
 
-    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+    def logs(self, run: Run, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
         """What the entry point said, over all attempts; the ranks' own words are in the store."""
         try:
-            return {"entry.log": redact(self.client.get_job_logs(info["job"])).encode()}
+            job = _job(run, info)
+            return {"entry.log": redact(self.client.get_job_logs(job)).encode()}
         except _errors(NotReady):
             return {}
+
+
+def _job(run: Run, info: Mapping[str, Any]) -> str:
+    """Of a run's record.  Raises Elsewhere: a job of this name would be another run's."""
+    job, own = str(info.get("job", "")), command.tagged(run.id, run.root)
+    if not re.fullmatch(rf"{re.escape(own)}-\d{{1,9}}", job, re.ASCII):
+        raise Elsewhere(f"its record names a Ray job {job!r}, which is none of run {run.id}'s: nobody was asked")
+    return job
 
 
 def _is_here(value: str) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 
+from jobs.errors import line as one_line
 from jobs.placement import Placement
 
 KUBERNETES = "kubernetes:"  # and context/namespace: where a run is, in its record; else the address of a Ray cluster
@@ -22,7 +23,7 @@ def line(python: str, run: str, root: str, job: str, at: str, placement: Placeme
     words = [python, "-m", "jobs.ray.entry", "--run", run, "--store", root, "--job", job, "--at", at,
              "--ranks", placement.ranks, "--device", placement.device, "--threads", placement.threads, "--cpus", cpus,
              *(["--after", after] if after else [])]  # fmt: skip
-    return shlex.join(map(str, words))
+    return _joined(words)
 
 
 def workers(
@@ -34,7 +35,12 @@ def workers(
     """
     own = ["--count", count, "--cpus", each["CPU"], "--gpus", each.get("GPU", 0), "--threads", threads,
            *["--retried"] * retried]  # fmt: skip
-    return shlex.join(map(str, [python, "-m", "jobs.ray.workers", *own, "--", *arguments]))
+    return _joined([python, "-m", "jobs.ray.workers", *own, "--", *arguments])
+
+
+def _joined(words: Sequence[object]) -> str:
+    """Raises UserError for a word that is more than a line."""
+    return shlex.join(one_line(str(word), "the Ray job's command") for word in words)
 
 
 def parser(program: str, *further: str) -> argparse.ArgumentParser:

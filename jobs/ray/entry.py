@@ -31,6 +31,8 @@ from jobs.placement import demand
 from jobs.ray import command
 from jobs.ray.command import KUBERNETES
 from jobs.record import ACTIVE, IllegalMove, Run, State, Transition
+from jobs.spec import imports
+from jobs.steps import steps
 
 ATTEMPT = (sys.executable, "-m", "jobs.ray.attempt")
 T = TypeVar("T")
@@ -108,7 +110,8 @@ class Entry:
             said = Path(folder) / "said.json"
             own = [f"--{name}={getattr(self.options, name)}"
                    for name in ("run", "store", "ranks", "device", "threads", "cpus")]  # fmt: skip
-            child = subprocess.Popen([*self.command, *own, f"--attempt={attempt}", f"--said={said}"])
+            child = subprocess.Popen([*self.command, *own, f"--attempt={attempt}", f"--said={said}"],
+                                     env={**os.environ, **imports()})  # fmt: skip
             code = self._wait(child, attempt, grace_s)
             if said.is_file():
                 told = json.loads(said.read_text())
@@ -184,7 +187,8 @@ class Entry:
         verbs = [verb for verb in self.options.after.split(",") if verb]
         failed = {verb: code for verb, code in (self._verbs(verbs) if verbs else {}).items() if code != OK}
         for verb, code in failed.items():
-            print(f"{verb} of {self.run.id} failed with exit code {code}: make {verb} RUN={self.run.id}", flush=True)
+            again = steps(self.run.root, self.run.id, verb)
+            print(f"{verb} of {self.run.id} failed with exit code {code}: {again}", flush=True)
         passing = [code for code in failed.values() if code == PREEMPTED or may_pass(code)]
         if failed and not passing and self.options.at.startswith(KUBERNETES):
             return OK  # as in `_failed`
@@ -205,7 +209,7 @@ class Entry:
 
 
 def _verb(verb: str, run: str, root: str, threads: int) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **imports(), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-m", "jobs", verb, run, "--store", root], env=environment)
     print(f"{verb} of {run}: exit code {done.returncode}", flush=True)
     return done.returncode

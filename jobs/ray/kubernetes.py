@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import Cluster
 from jobs.errors import NotReady, UserError
-from jobs.launchers import Look, OnSite, Order, tries
+from jobs.launchers import Elsewhere, Look, OnSite, Order, tries
 from jobs.placement import Placement, demand
 from jobs.ray import command, manifest
 from jobs.ray.command import KUBERNETES, tagged
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from core.recipe import Recipe
     from jobs.ray.kube import Kube
 
+MOST_ATTEMPTS = 10_000  # of a run, by whose numbers its RayJobs are named
 OUT = REPOSITORY / "k8s" / "out"
 
 
@@ -33,17 +33,24 @@ class OnKubernetes(OnSite):
     shares_tree = False  # an image holds its own code
     queues = True
 
-    def __init__(self, cluster: Cluster, at: str = "") -> None:
-        """at: of a run that is somewhere already; else where the cluster file says."""
-        super().__init__(cluster)
-        self._context, _, self._namespace = at.removeprefix(KUBERNETES).rpartition("/")
-
     @cached_property
     def kube(self) -> Kube:
         from jobs.ray.kube import Kube
 
         own = self.cluster.kubernetes
-        return Kube(self._namespace or own.namespace, self._context or own.context)
+        return Kube(own.namespace, own.context)
+
+    def require(self, at: str) -> None:
+        """Raises Elsewhere unless a run's record names the context and namespace that this machine is set up for, or
+        none; and what finding these raises."""
+        context, _, namespace = at.removeprefix(KUBERNETES).rpartition("/")
+        own = self.kube.context, self.kube.namespace
+        if context not in ("", own[0]) or namespace not in ("", own[1]):
+            raise Elsewhere(
+                f"by its record the run is in namespace {namespace!r} of the kube context {context!r}; this machine is "
+                f"set up for {own[1]!r} of {own[0]!r}: nobody was asked; CLUSTER=... or kubectl config use-context "
+                "says where to look"
+            )
 
     def check(self, recipe: Recipe, root: str, placement: Placement) -> None:
         manifest.check(recipe, self.cluster, placement, root)
@@ -54,7 +61,7 @@ class OnKubernetes(OnSite):
 
     def _submit(self, order: Order, placement: Placement) -> bool:
         run, name = order.run, manifest.job_name(tagged(order.run.id, order.run.root), order.attempt)
-        at = f"{KUBERNETES}{self.kube.context}/{self.cluster.kubernetes.namespace}"
+        at = f"{KUBERNETES}{self.kube.context}/{self.kube.namespace}"
         info = {**order.info, **asdict(placement), "launcher": self.name, "job": name, "at": at,
                 "image": self.cluster.image}  # fmt: skip
         made = manifest.documents(order.recipe, self.cluster, placement, run.id, run.root, name, at, order.after)
@@ -81,18 +88,27 @@ class OnKubernetes(OnSite):
         path.write_text(manifest.render(made))
         return path
 
-    def cancel(self, info: Mapping[str, Any], at_once: bool = False) -> bool:
+    def cancel(self, run: Run, info: Mapping[str, Any], at_once: bool = False) -> bool:
         """Ranks that work read in the record that the run is cancelled, save and leave; what only waits is deleted."""
         try:
-            if at_once or not self.kube.working(info["job"]):
-                return self.kube.delete(info["job"])
+            job = _job(run, info)
+            if at_once or not self.kube.working(job):
+                return self.kube.delete(job)
         except (NotReady, UserError):
             return False
         return True
 
-    def look(self, info: Mapping[str, Any]) -> Look:
-        return self.kube.look(info["job"])
+    def look(self, run: Run, info: Mapping[str, Any]) -> Look:
+        return self.kube.look(_job(run, info))
 
-    def logs(self, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
+    def logs(self, run: Run, info: Mapping[str, Any], attempt: int) -> dict[str, bytes]:
         """What the pods have said, over all attempts; the ranks' own words are in the store."""
-        return self.kube.logs(info["job"])
+        return self.kube.logs(_job(run, info))
+
+
+def _job(run: Run, info: Mapping[str, Any]) -> str:
+    """Of a run's record.  Raises Elsewhere: a RayJob of this name would be another run's."""
+    job, own = str(info.get("job", "")), tagged(run.id, run.root)
+    if not any(job == manifest.job_name(own, attempt) for attempt in (None, *range(1, MOST_ATTEMPTS))):
+        raise Elsewhere(f"its record names a RayJob {job!r}, which is none of run {run.id}'s: nobody was asked")
+    return job

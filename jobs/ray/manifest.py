@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from core.merge import texts
 from jobs.cluster import Cluster
+from jobs.errors import line
 from jobs.placement import Placement, demand, filled
 from jobs.ray import command
 from jobs.ray.pods import Document, Pods, given
@@ -48,9 +50,9 @@ def documents(
     at: what the record will say of where the run is.  after: verbs for the run once it has succeeded.
     """
     check(recipe, cluster, placement, root)
-    line = command.line("python", run_id, root, name, at, placement, cluster.cpus_per_task, after=",".join(after))
+    entry = command.line("python", run_id, root, name, at, placement, cluster.cpus_per_task, after=",".join(after))
     label = run_id if len(run_id) <= LABEL_MAX else _cut(run_id, LABEL_MAX, run_id)
-    return _documents(recipe, cluster, placement, name, line, {RUN: label}, {RUN: run_id})
+    return _documents(recipe, cluster, placement, name, entry, {RUN: label}, {RUN: run_id})
 
 
 def crew(
@@ -62,8 +64,8 @@ def crew(
     """
     own = replace(recipe, launch=replace(recipe.launch, deadline_h=0.0, min_ranks=1))  # the others are of a run
     each = demand(one.device, cluster.cpus_per_task)
-    line = command.workers("python", arguments, count, each, one.threads, retried=True)
-    return _documents(own, cluster, filled(one, count, cluster.per_node), name, line, {RUN: name}, {})
+    entry = command.workers("python", arguments, count, each, one.threads, retried=True)
+    return _documents(own, cluster, filled(one, count, cluster.per_node), name, entry, {RUN: name}, {})
 
 
 def _documents(
@@ -93,7 +95,10 @@ def _documents(
     pods.head(ray["headGroupSpec"])
     pods.workers(ray["workerGroupSpecs"][0])
     least = {"head": 1, "worker": placement.nodes - 1}
-    return [job, *(_budget(job["metadata"], labels, role, count) for role, count in least.items() if count)]
+    made = [job, *(_budget(job["metadata"], labels, role, count) for role, count in least.items() if count)]
+    for key, text in (each for document in made for each in texts(document)):
+        line(text, f"the manifest's {key}")
+    return made
 
 
 def render(documents: list[Document]) -> str:

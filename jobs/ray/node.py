@@ -10,18 +10,18 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from core.private import own_folder, private_folder
 from jobs import process, ranks_env
 from jobs.errors import OK, PREEMPTED
 from jobs.launchers.ending import Exit, reason
 from jobs.logkeeper import LogKeeper
 from jobs.ray.command import tagged
 from jobs.record import Run
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 ECHO_S = 2.0  # by which a rank that failed lets one that was killed, whose echo it may be, be heard first
 SPARE_S = 30.0  # beyond the grace that ranks have
@@ -44,7 +44,7 @@ def work(about: dict[str, Any]) -> None:
     run = Run(about["store"], about["run"])
     rank, environment = describe(about)
     end_leftovers(run, about["attempt"], about["grace_s"])
-    own = Path(tempfile.gettempdir()) / f"retort-{os.getuid()}" / "logs" / tagged(run.id, run.root)
+    own = private_folder(own_folder("logs")) / tagged(run.id, run.root)
     folder = own / f"attempt-{about['attempt']:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"rank-{rank:04d}.log"
@@ -70,11 +70,10 @@ def describe(about: dict[str, Any]) -> tuple[int, dict[str, str]]:
         "LOCAL_RANK": me.get_local_rank(), "LOCAL_WORLD_SIZE": me.get_local_world_size(),
         ranks_env.NODE: me.get_node_rank(), ranks_env.START: about["start"],
         "OMP_NUM_THREADS": about["threads"], "PYTHONUNBUFFERED": 1,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "DS_ACCELERATOR": about["device"],
     }  # fmt: skip
     # Nothing says where the ranks are to meet: they do so as under SLURM (jobs.ranks_env.meet).
-    return me.get_world_rank(), {**os.environ, **{name: str(value) for name, value in own.items()}}
+    return me.get_world_rank(), {**os.environ, **imports(), **{name: str(value) for name, value in own.items()}}
 
 
 def start(about: dict[str, Any], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from core import machine
 from jobs.cluster import Cluster
 from jobs.errors import UserError
 from jobs.placement import Placement
@@ -83,7 +84,7 @@ class Pods:
         group["rayStartParams"] |= {"num-cpus": cpus, "num-gpus": gpus}
         pod = group["template"]
         threads = {"OMP_NUM_THREADS": str(self.placement.threads)}
-        self._common(pod, "worker", {**threads, **cluster.network(), **cluster.env})
+        self._common(pod, "worker", {**threads, **cluster.network(), **cluster.env, **machine.named(self.recipe)})
         wanted = {"cpu": cpus, "memory": _mebi(cluster.mem_gb)}
         selector = dict(site.node_selector)
         if self.placement.device == "cuda":

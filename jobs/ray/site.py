@@ -88,14 +88,11 @@ def mistakes(site: Kubernetes) -> Mistakes:
 
 
 def plain(settings: Any) -> Mistakes:
-    """What holds for every field: numbers are not negative, words and lists of words are of one line."""
+    """What holds for every field: numbers are not negative."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if isinstance(value, int | float) and value < 0:
             yield f.name, f"must not be negative, got {value}"
-        words = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
-        if f.name != "about" and any("\n" in word or "\r" in word for word in words if isinstance(word, str)):
-            yield f.name, "must be one line"
 
 
 def _wrong(toleration: Toleration) -> Mistakes:

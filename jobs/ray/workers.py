@@ -20,7 +20,7 @@ from typing import Any
 
 from jobs.errors import BUG, OK, PREEMPTED
 from jobs.launchers.ending import may_pass
-from jobs.spec import REPOSITORY
+from jobs.spec import imports
 
 ASKED = 128 + signal.SIGTERM  # exit code of a worker that was asked to leave, as when its pod is evicted
 GOING_S = 120.0  # in which a node that has asked its workers to leave ends
@@ -62,8 +62,7 @@ def work(arguments: Sequence[str], threads: int) -> int:
     Where the process was asked to leave, its node is about to go. The task stays on it until then: at once, Ray would
     start it again in the room that has just become free there.
     """
-    search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
+    own = {**imports(), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     child = subprocess.Popen([sys.executable, *arguments], env={**os.environ, **own})
     try:
         code = child.wait()

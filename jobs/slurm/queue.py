@@ -12,6 +12,7 @@ from jobs.errors import NotReady, redact
 
 ANSWER_S = 30.0
 GONE = "Invalid job id"
+JOB = re.compile(r"\d{1,10}(_\d{1,10})?", re.ASCII)  # 12, or 12_3 of an array: what SLURM has for a job's number
 
 
 class SlurmError(NotReady):
@@ -81,10 +82,33 @@ def cluster_name() -> str:
     return found[1] if found else ""
 
 
+def named(job: str) -> str:
+    """The name that a job of the queue bears; "" when it has left.  Raises SlurmError."""
+    try:
+        text = call("squeue", "--noheader", f"--jobs={number(job)}", "--format=%j")
+    except SlurmError as error:
+        if GONE in str(error):
+            return ""
+        raise
+    return text.strip().partition("\n")[0].strip()
+
+
+def number(job: object) -> str:
+    """A job's number, which a run's record or the environment gave.  Raises SlurmError: it could be an option."""
+    if not isinstance(job, str) or not JOB.fullmatch(job):
+        raise SlurmError(f"{job!r} is no number of a SLURM job, so SLURM is not asked about it")
+    return job
+
+
+def cancel(*jobs: str, signal: str = "") -> None:
+    """Take jobs out of the queue, or signal their tasks.  Raises SlurmError."""
+    call("scancel", *([f"--signal={signal}"] if signal else []), "--", *map(number, jobs))
+
+
 def find(job: str) -> Job | None:
     """A job that waits or works; None when it has left the queue.  Raises SlurmError."""
     try:
-        text = call("squeue", "--noheader", f"--jobs={job}", "--format=%T|%r|%N|%L")
+        text = call("squeue", "--noheader", f"--jobs={number(job)}", "--format=%T|%r|%N|%L")
     except SlurmError as error:
         if GONE in str(error):
             return None
@@ -96,14 +120,15 @@ def find(job: str) -> Job | None:
 def ended(job: str) -> str:
     """How a job that has left the queue ended, by accounting or while the controller remembers; "" = nobody knows."""
     try:
-        text = call("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
+        text = call("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={number(job)}",
+                    "--format=State,ExitCode")  # fmt: skip
         if lines := text.strip().splitlines():
             state, code = lines[-1].split("|")
             return f"{state} (exit code {code})"
     except SlurmError:
         pass
     try:
-        found = fields(call("scontrol", "--oneliner", "show", "job", job))
+        found = fields(call("scontrol", "--oneliner", "show", "job", number(job)))
     except SlurmError:
         return ""
     return f"{found.get('JobState', '')} (exit code {found.get('ExitCode', '?')})" if found else ""
@@ -112,7 +137,7 @@ def ended(job: str) -> str:
 def tries(job: str) -> list[str]:
     """How each start of a job ended, oldest first, where accounting is on."""
     try:
-        text = call("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--jobs={job}",
+        text = call("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--jobs={number(job)}",
                     "--format=State")  # fmt: skip
     except SlurmError:
         return []

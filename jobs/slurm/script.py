@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from core import machine
 from jobs.cluster import Cluster
-from jobs.errors import PREEMPTED
+from jobs.errors import PREEMPTED, line
 from jobs.placement import Placement
 from jobs.settings import Settings
 from jobs.spec import REPOSITORY
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from core.recipe import Recipe
 
 TEMPLATES = REPOSITORY / "slurm"
+PREFIX = "retort-"  # of the names of jobs
 NOTHING, CANCELLED = 10, 11  # exit codes of jobs.slurm.step: nothing to do here; end the job as cancelled
 SIGNAL_EARLY_S = 60  # by which SLURM may send its signal too soon, and that starting again may take
 # What the shell that submits may have set for other programs, and what would lead ranks or images astray.
@@ -60,19 +63,21 @@ def training(
     }  # fmt: skip
     about = f"Trains {', '.join(runs)}."
     words |= _of_runs(runs, root, placement)
-    return _fill("job.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
+    folders = machine.named(recipe)
+    return _fill("job.sbatch", about, _name(runs), len(runs), logs, cluster, own, words, folders)
 
 
 def after(
-    verb: str, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path, job: str
-) -> Script:
-    """The job that does `verb` on each run once its training has succeeded."""
+    verb: str, cluster: Cluster, placement: Placement, runs: Sequence[str], root: str, logs: Path, job: str,
+    folders: Mapping[str, str] = MappingProxyType({}),
+) -> Script:  # fmt: skip
+    """The job that does `verb` on each run once its training has succeeded.  folders: variables of `core.machine`."""
     wait = f"{'aftercorr' if len(runs) > 1 else 'afterok'}:{job}"
     own = _share(cluster, placement.device)
     own |= {**_site(cluster, cluster.after_time_min), "dependency": wait, "kill-on-invalid-dep": "yes"}
     about = f"Does {verb} on {', '.join(runs)} after job {job}."
     words = {"verb": verb, **_of_runs(runs, root, placement)}
-    return _fill("after.sbatch", about, _name(runs), len(runs), logs, cluster, own, words)
+    return _fill("after.sbatch", about, _name(runs), len(runs), logs, cluster, own, words, folders)
 
 
 def workers(
@@ -83,7 +88,8 @@ def workers(
     own |= {"signal": f"USR2@{SIGNAL_EARLY_S}", "requeue": "", **_site(cluster, cluster.time_min)}
     about = f"One of {count} workers on {recipe.name}: {shlex.join(arguments)}"
     words = {"arguments": shlex.join(arguments), "threads": str(placement.threads), "again": str(PREEMPTED)}
-    return _fill("workers.sbatch", about, f"{recipe.name}-workers", count, logs, cluster, own, words)
+    name, folders = f"{recipe.name}-workers", machine.named(recipe)
+    return _fill("workers.sbatch", about, name, count, logs, cluster, own, words, folders)
 
 
 def lead_s(recipe: Recipe) -> int:
@@ -110,6 +116,11 @@ def _of_runs(runs: Sequence[str], root: str, placement: Placement) -> dict[str, 
     return {"runs": shlex.join(runs), "store": shlex.quote(root), "threads": str(placement.threads)}
 
 
+def names(run: str) -> tuple[str, str]:
+    """Of the jobs that may train or follow up this run: its own, and an array's."""
+    return f"{PREFIX}{_name([run])}", f"{PREFIX}{_name([run, run])}"
+
+
 def _name(runs: Sequence[str]) -> str:
     return runs[0] if len(runs) == 1 else f"{runs[0].rpartition('-')[0]}-sweep"
 
@@ -132,29 +143,34 @@ def _site(cluster: Cluster, time_min: int) -> Directives:
 
 def _fill(
     template: str, about: str, name: str, tasks: int, logs: Path, cluster: Cluster, own: Directives,
-    words: Mapping[str, str],
+    words: Mapping[str, str], folders: Mapping[str, str],
 ) -> Script:  # fmt: skip
     array = {"array": f"0-{tasks - 1}"} if tasks > 1 else {}
-    directives = {"job-name": f"retort-{name}", **own, **array,
+    directives = {"job-name": f"{PREFIX}{name}", **own, **array,
                   "output": f"{logs}/job-{'%A_%a' if array else '%j'}.log"}  # fmt: skip
     place, retort = _container(cluster)
-    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env}
+    exports = {"OMP_NUM_THREADS": words["threads"], "PYTHONUNBUFFERED": "1", **cluster.network(), **cluster.env,
+               **folders}  # fmt: skip
+    exports["PYTHONSAFEPATH"] = "1"  # jobs work in the folder from which they were submitted
     if not cluster.container:
         exports["PYTHONPATH"] = str(REPOSITORY)
     given = {
-        **words, "about": about, "template": template, "directives": render(directives),
-        "setup": "\n".join(cluster.setup) or ": # nothing to set up",
+        **words, "about": about, "template": template,
         "exports": " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         "logs": shlex.quote(str(logs)), "place": place,
         "retort": shlex.join(retort), "variables": " ".join([*(f.name.upper() for f in fields(Settings)), *FOREIGN]),
     }  # fmt: skip
+    given = {name: line(value, f"the batch script's {name}") for name, value in given.items()}
+    setup = "\n".join(line(each, "setup") for each in cluster.setup) or ": # nothing to set up"
+    given |= {"directives": render(directives), "setup": setup}
     text = (TEMPLATES / template).read_text()
     return Script(directives, re.sub(r"@([a-z_]+)@", lambda found: given[found[1]], text))
 
 
 def render(directives: Directives) -> str:
+    """Raises UserError for what would be more than a line: in a batch script the next one is a command."""
     given = {key: f"={shlex.quote(value)}" if value else "" for key, value in directives.items()}
-    return "\n".join(f"#SBATCH --{key}{value}" for key, value in given.items())
+    return "\n".join(f"#SBATCH --{line(key + value, f'the option {key!r}')}" for key, value in given.items())
 
 
 def _container(cluster: Cluster) -> tuple[str, list[str]]:

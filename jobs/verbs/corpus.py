@@ -7,24 +7,29 @@ import shlex
 from typing import TYPE_CHECKING
 
 from jobs.errors import OK, UserError, nearest
+from jobs.steps import elsewhere
 from jobs.verbs.submit import say
 
 if TYPE_CHECKING:
     from core.features.select import Rules
     from core.recipe import Recipe
+    from jobs.settings import Settings
 
 
-def choose(recipe: Recipe, root: str, text: str) -> int:
-    """recipe: all of whose vectors are stored.  text: of SELECT.  Raises UserError, and as `core.features.select`."""
+def choose(recipe: Recipe, root: str, settings: Settings) -> int:
+    """recipe: all of whose vectors are stored.  Raises UserError, and as `core.features.select`."""
     from core.features import run
     from core.features.select import select
     from core.storage import resolve
 
-    to, rules = parse(text)
+    to, rules = parse(settings.select)
     stored = dataclasses.replace(recipe, features="require")
     count = select(stored, resolve(to, root), rules, root, run.device(recipe), say)
-    used = f"features=auto data.codec={recipe.data.codec} data.texts={to}"  # whose vectors stand in tables
-    print(f'next: make submit RECIPE={recipe.name} SET="{used}" trains with these {count:,} sentences')
+    used = [*settings.set, "features=auto", f"data.codec={recipe.data.codec}", f"data.texts={to}"]  # vectors in tables
+    print(f"{count:,} sentences are in {to}")
+    profile = f" PROFILE={settings.profile}" if settings.profile else ""
+    words = f"RECIPE={shlex.quote(settings.recipe)}{profile} SET={shlex.quote(shlex.join(used))}"
+    print(f"next: make submit {words}{elsewhere(root)}")
     return OK
 
 

@@ -32,5 +32,16 @@ def _check(settings: Settings, source_uri: str, target_uri: str) -> None:
         raise UserError(f"QUALITY: must be from 1 to 100, got {settings.quality}")
     if settings.workers < 0:
         raise UserError(f"WORKERS: must not be negative, got {settings.workers}")
-    if f"{target_uri}/".startswith(f"{source_uri}/"):
+    if _lies_in(target_uri, source_uri):
         raise UserError(f"DST: {target_uri} lies in SRC; choose another place, so that shards are no part of the data")
+
+
+def _lies_in(inner: str, outer: str) -> bool:
+    """Whether one place is, or is below, another: by where folders are, whichever way their addresses lead there."""
+    from core.folder import FileStore
+    from core.storage import open_store
+
+    one, other = open_store(inner), open_store(outer)
+    if isinstance(one, FileStore) and isinstance(other, FileStore):
+        return one.root.resolve().is_relative_to(other.root.resolve())
+    return f"{one.uri}/".startswith(f"{other.uri}/")

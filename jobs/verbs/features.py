@@ -6,12 +6,14 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from core import machine
 from jobs import extract, spec
 from jobs.advice import advise
 from jobs.errors import BUG, OK, UserError, nearest
 from jobs.launchers import Launcher
 from jobs.placement import Placement, gpu_count
 from jobs.settings import Settings
+from jobs.steps import elsewhere
 from jobs.verbs.corpus import choose, parse
 from jobs.verbs.results import names
 from jobs.verbs.submit import choose_launcher, ready, say
@@ -62,17 +64,19 @@ def fill(recipe: Recipe, root: str, split: list[Split], settings: Settings) -> i
     works, count = planned(recipe, root, split, launcher.gpus()), workers(settings.nproc, launcher, placement)
     if lacking(works) and (launcher.queues or count > 1):
         line = extract.arguments(root, extract.order(root, recipe, split))
-        say(launcher.workers(line, count, recipe, placement))
+        with machine.told(recipe):
+            say(launcher.workers(line, count, recipe, placement))
         if launcher.queues:
             print("the same command with DRY=1 says how far they are; without it, it adds workers while some is left")
             return OK
     for work in works:
         run.store(work, root, run.device(recipe), say)
     if settings.select:
-        return choose(recipe, root, settings.select)
+        return choose(recipe, root, settings)
     print(stored(works))
     profile = f" PROFILE={settings.profile}" if settings.profile else ""
-    print(f"next: make submit RECIPE={recipe.name}{profile} {training(works, settings)}")
+    recipe_word = shlex.quote(settings.recipe)
+    print(f"next: make submit RECIPE={recipe_word}{profile} {training(works, settings)}{elsewhere(root)}")
     return OK
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
+from core.text import one_line
 from jobs import launchers
 from jobs.errors import OK, UserError
 from jobs.record import ENDED, Run
 from jobs.settings import Settings
+from jobs.terminal import safe
 
 POLL_S = 1.0
 
@@ -42,8 +45,8 @@ def _print(run: Run, name: str, tail: int, shown: dict[str, int]) -> dict[str, i
         start = shown.get(key, 0)
         if (name and not key.endswith(f"/{name}")) or (key in shown and len(text) <= start):
             continue
-        lines = text[start:].splitlines()
-        print(f"==> {key} <==")
+        lines = list(map(safe, text[start:].splitlines()))
+        print(f"==> {one_line(key)} <==")
         print("\n".join(lines[-tail:] if tail and not start else lines), flush=True)
         now[key] = len(text)
     return now
@@ -54,7 +57,10 @@ def _logs(run: Run) -> list[tuple[str, str]]:
     prefix = f"logs/attempt-{last.attempt:04d}/"
     texts = {entry.key.removeprefix(prefix): run.store.get(entry.key) for entry in run.store.list(prefix)}
     handle = run.handle(last)
-    near = launchers.find(handle.get("launcher", "local")).logs(handle, last.attempt) if handle else {}
+    near = {}
+    if handle:
+        with suppress(launchers.Elsewhere):
+            near = launchers.of(handle).logs(run, handle, last.attempt)
     for name, content in near.items():
         if len(content) > len(texts.get(name, b"")):
             texts[name] = content

@@ -9,6 +9,7 @@ from jobs import launchers, spec
 from jobs.errors import OK
 from jobs.record import Run
 from jobs.settings import Settings
+from jobs.steps import steps
 from jobs.verbs.submit import create, ready, say
 
 
@@ -30,5 +31,5 @@ def manifests(settings: Settings) -> int:
         raise
     if not run.exists():
         create(run, recipe, settings)
-    say(f"{path}\nnext: submit it by hand, then make status RUN={run.id}\nrun: {run.id}")
+    say(f"{path}\nnext: submit it by hand, then {steps(run.root, run.id, 'status')}\nrun: {run.id}")
     return OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from core import machine
 from jobs.errors import OK, UserError
 from jobs.record import Run
 from jobs.settings import Settings
@@ -22,9 +23,12 @@ def evaluate(settings: Settings) -> int:
     run = Run.find(settings.root(), settings.need("run"))
     protocols = names(settings.eval)
     evaluation.check_protocols(protocols)
+    recipe = run.recipe()
     if settings.set:
-        run.write_recipe(to_yaml(with_overrides(run.recipe(), settings)))
-    results: dict[str, Any] = evaluation.evaluate(run.store, run.root, protocols, _quiet if settings.json else say)
+        recipe = with_overrides(recipe, settings)
+        run.write_recipe(to_yaml(recipe))
+    with machine.told(recipe):
+        results: dict[str, Any] = evaluation.evaluate(run.store, run.root, protocols, _quiet if settings.json else say)
     print(json.dumps(results, indent=1) if settings.json else render(results))
     return OK
 

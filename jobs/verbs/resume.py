@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jobs.errors import UserError
 from jobs.record import Run, State
 from jobs.settings import Settings
+from jobs.steps import steps
 from jobs.verbs.submit import as_yaml, attempt_info, choose_launcher, launch, order, ready, say
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def resume(settings: Settings) -> int:
     if view.last.state == State.SUCCEEDED:
         raise UserError(f"run {run.id} has succeeded, nothing is left to do; a new one: make submit RECIPE=... FRESH=1")
     if view.active:
-        raise UserError(f"run {run.id} is still {view.shown}; stop it first: make cancel RUN={run.id}")
+        raise UserError(f"run {run.id} is still {view.shown}; stop it first: {steps(root, run.id, 'cancel')}")
     recipe, changes = changed(run.recipe(), settings, trains=True)
     for line in changes:
         say(f"changed: {line}")

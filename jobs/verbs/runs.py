@@ -6,12 +6,16 @@ import json
 import time
 from typing import Any
 
-from jobs import launchers
-from jobs.errors import OK, UserError
+from core.small_json import Unreadable
+from core.storage import MissingObject
+from core.text import one_line
+from jobs import demo, launchers
+from jobs.errors import OK, UserError, redact
 from jobs.follow import duration, progress_text
 from jobs.launchers import Launcher
 from jobs.record import ENDED, Run, State, Transition, View
 from jobs.settings import Settings
+from jobs.steps import elsewhere, steps
 from jobs.table import table
 
 CANCEL_WAIT_S = 60.0
@@ -25,44 +29,70 @@ def status(settings: Settings) -> int:
     root = settings.root()
     if settings.run:
         return _detail(Run.find(root, settings.run), settings.json)
-    rows = sorted((_row(Run(root, run_id)) for run_id in Run.list(root)), key=lambda row: -row["since"])
+    rows = _rows(root)
     if settings.json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        cells = [[r["run"], r["state"], str(r["attempt"]), r["progress"], _ago(r["since"])] for r in rows]
-        print(table(["run", "state", "attempt", "progress", "changed"], cells))
+        print(_table(rows))
     else:
         print(f"no runs in {root} yet: make submit RECIPE=demo starts one")
+    if not settings.json and elsewhere(root) == "" and root != demo.place() and (rows := _rows(demo.place())):
+        print(f"\nof make demo, with{elsewhere(demo.place())}\n{_table(rows)}")
     return OK
 
 
+def _rows(root: str) -> list[dict[str, Any]]:
+    """Of all runs of a store, the newest first."""
+    return sorted((_row(Run(root, run_id)) for run_id in Run.list(root)), key=lambda row: -row["since"])
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    cells = [[r["run"], r["state"], str(r["attempt"]), r["progress"], _ago(r["since"]) if r["since"] else ""]
+             for r in rows]  # fmt: skip
+    return table(["run", "state", "attempt", "progress", "changed"], cells)
+
+
 def _ago(when: float) -> str:
-    return f"{duration(time.time() - when)} ago"
+    return f"{duration(max(time.time() - when, 0.0))} ago"
 
 
 def _row(run: Run) -> dict[str, Any]:
-    view = run.view()
+    """Of a table; a run that cannot be read keeps nobody from seeing the others."""
+    try:
+        return _told_row(run, run.view())
+    except (Unreadable, MissingObject) as error:
+        why = redact(str(error))
+        return {"run": run.id, "state": "unreadable", "attempt": 0, "since": 0.0, "progress": why, "heartbeat": {}}
+
+
+def _told_row(run: Run, view: View) -> dict[str, Any]:
     return {
         "run": run.id, "state": view.shown, "attempt": view.last.attempt, "since": view.last.time,
-        "progress": progress_text(view.heartbeat) if view.last.attempt else "", "heartbeat": view.heartbeat,
+        "progress": _progress(view) if view.last.attempt else "", "heartbeat": view.heartbeat,
     }  # fmt: skip
+
+
+def _progress(view: View) -> str:
+    return redact(view.unread) or progress_text(view.heartbeat)
 
 
 def _detail(run: Run, as_json: bool) -> int:
     view, history = run.view(), run.transitions()
     if as_json:
         moves = [{"state": t.state, "time": t.time, "attempt": t.attempt, "info": t.info} for t in history]
-        facts = {**_row(run), "uri": run.uri, "lost": view.lost, "transitions": moves, "record": run.record()}
+        facts = {**_told_row(run, view), "uri": run.uri, "lost": view.lost, "transitions": moves}
+        facts["record"] = run.record()
         facts["queue"] = run.look(view.last).text if view.last.state not in (State.CREATED, *ENDED) else ""
         facts["checkpoints"] = _checkpoints(run)
         print(json.dumps(facts, indent=1))
         return OK
     record = run.record()
     print(f"run       {run.id}\nstate     {view.shown} (attempt {view.last.attempt})\nfolder    {run.uri}")
-    overrides = " ".join(record.get("dotlist", ()))
-    print(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}")
-    print(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}")
-    print(f"progress  {progress_text(view.heartbeat) or 'none yet'}")
+    given = record.get("dotlist")
+    overrides = " ".join(map(str, given)) if isinstance(given, list) else ""
+    print(one_line(f"recipe    {record.get('recipe', '?')}{' with ' * bool(overrides)}{overrides}"))
+    print(one_line(f"code      {record.get('commit', '?')}{' + uncommitted changes' if record.get('dirty') else ''}"))
+    print(one_line(f"progress  {_progress(view) or 'none yet'}"))
     look = run.look(view.last) if view.last.state not in (State.CREATED, *ENDED) else None
     if look and look.text and not view.lost:
         print(f"queue     {look.text}")
@@ -78,7 +108,7 @@ def _detail(run: Run, as_json: bool) -> int:
 def _told(t: Transition) -> str:
     """A transition in one line: attempt, where, and why, with the whole reason."""
     where = t.info.get("nodes", "") if t.state == State.RUNNING else ""
-    job = f"{t.info['launcher']} job {t.info['job']}" if t.state == State.QUEUED and t.info.get("job") else ""
+    job = f"{t.info.get('launcher')} job {t.info['job']}" if t.state == State.QUEUED and t.info.get("job") else ""
     reason = t.info.get("reason", "")
     parts = [f" (attempt {t.attempt})" if t.attempt else "", f" on {where}" if where else "", f", {job}" if job else "",
              f": {reason}" if reason else ""]  # fmt: skip
@@ -95,13 +125,18 @@ def _checkpoints(run: Run) -> list[dict[str, Any]]:
 def _kept(run: Run) -> None:
     """What attempts went on from, what was computed twice, and which checkpoints there are."""
     from core import commits, retention
+    from core.merge import ConfigError
 
     for claim in commits.claims(run.store):
         if claim.number > 1:
             lost = f", {claim.lost} logged steps computed again" if claim.lost else ""
             how = "rewound" if claim.rewound else "went on"
             print(f"attempt {claim.attempt} {how} from step {claim.step} on {claim.host}{lost}")
-    settings = run.recipe().checkpoint
+    try:
+        settings = run.recipe().checkpoint
+    except (ConfigError, UserError, Unreadable) as error:
+        print(f"recipe    {redact(str(error))}")
+        return
     policy = retention.Policy(settings.keep, settings.keep_every, settings.keep_best)
     course = list(commits.checkpoints(run.store))
     why = retention.reasons(course, policy, retention.held(run.store))
@@ -118,28 +153,25 @@ def _clock(seconds: float) -> str:
 
 def _next(run: Run, view: View) -> str:
     if view.last.state == State.SUCCEEDED:
-        return f"make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}"
-    if view.active:
-        return f"make logs RUN={run.id}; make cancel RUN={run.id}"
-    return f"make logs RUN={run.id}; make resume RUN={run.id}"
+        return steps(run.root, run.id, "eval", "export", "report")
+    return steps(run.root, run.id, "logs", "cancel" if view.active else "resume")
 
 
 def cancel(settings: Settings) -> int:
     """Mark the run cancelled, then tell its ranks, which save and leave."""
     run = Run.find(settings.root(), settings.need("run"))
     view = run.view()
+    handle = run.handle(view.last)
     if view.last.state == State.CANCELLED:
-        still = run.look(view.last).alive and _launcher_of(run.handle(view.last)).cancel(run.handle(view.last), True)
+        still = run.look(view.last).alive and _reach(run, handle, at_once=True)
         print(f"{run.id} is already cancelled" + ("; what is left of it is ended now" if still else ""))
         return OK
     if view.last.state in ENDED and not view.coming:
         raise UserError(f"run {run.id} has already {view.last.state}: there is nothing to cancel")
-    handle = run.handle(view.last)
     run.move(State.CANCELLED, by="cancel")
-    launcher = _launcher_of(handle)
-    if view.active and launcher.cancel(handle):
+    if view.active and (launcher := _reach(run, handle)):
         print(f"{run.id} is cancelled; its ranks save and end ...", flush=True)
-        _wait_for_end(launcher, handle)
+        _wait_for_end(launcher, run, handle)
     elif view.active:
         print(f"{run.id} is cancelled; its ranks on {handle.get('host', 'another machine')} notice within seconds")
     else:
@@ -147,13 +179,18 @@ def cancel(settings: Settings) -> int:
     return OK
 
 
-def _wait_for_end(launcher: Launcher, handle: dict[str, Any]) -> None:
+def _reach(run: Run, handle: dict[str, Any], at_once: bool = False) -> Launcher | None:
+    """The launcher that has told a run's ranks to end; None where they cannot be reached from here."""
+    try:
+        launcher = launchers.of(handle)
+    except launchers.Elsewhere:
+        return None
+    return launcher if launcher.cancel(run, handle, at_once) else None
+
+
+def _wait_for_end(launcher: Launcher, run: Run, handle: dict[str, Any]) -> None:
     limit = time.monotonic() + CANCEL_WAIT_S
-    while launcher.look(handle).alive and time.monotonic() < limit:
+    while launcher.look(run, handle).alive and time.monotonic() < limit:
         time.sleep(0.2)
     late = f"still saving after {CANCEL_WAIT_S:.0f} s; it ends by itself, and at once when it is cancelled again"
-    print(late if launcher.look(handle).alive else "ended")
-
-
-def _launcher_of(handle: dict[str, Any]) -> Launcher:
-    return launchers.find(handle.get("launcher", "local"))
+    print(late if launcher.look(run, handle).alive else "ended")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from core import machine
 from jobs import hub, inputs, launchers, preflight, spec
 from jobs.errors import OK, UserError, nearest
 from jobs.launchers import Launcher, Order
 from jobs.placement import Placement, gpu_count, place
 from jobs.record import IllegalMove, Run, State, View
 from jobs.settings import Settings
+from jobs.steps import steps
 
 if TYPE_CHECKING:
     from core.recipe import Recipe
@@ -90,8 +92,8 @@ def _require_same(run: Run, recipe: Recipe) -> None:
     stored = run.recipe()
     if fingerprint(stored) != fingerprint(recipe):
         raise UserError(
-            f"run {run.id} was resumed with a changed recipe: make resume RUN={run.id} goes on with that one, FRESH=1 "
-            "makes a new run of this one"
+            f"run {run.id} was resumed with a changed recipe: {steps(run.root, run.id, 'resume')} goes on with that "
+            "one, FRESH=1 makes a new run of this one"
         )
     recipe.checkpoint.accept = stored.checkpoint.accept
 
@@ -136,13 +138,14 @@ def launch(order: Order, launcher: Launcher, placement: Placement, settings: Set
     if look := run.look(run.last()).text:
         print(look)
     if settings.detach:
-        print(f"next: make status RUN={run.id}; make logs RUN={run.id}; make cancel RUN={run.id}")
+        print(f"next: {steps(run.root, run.id, 'status', 'logs', 'cancel')}")
         return _finish(OK, run.id)
     from jobs.follow import follow
 
     code = follow(run, order.attempt, launcher)
     if code == OK and not launcher.queues and run.last().state == State.SUCCEEDED:
-        code = max((_verb(verb, run) for verb in order.after), default=OK)
+        with machine.told(order.recipe):
+            code = max((_verb(verb, run) for verb in order.after), default=OK)
     return _finish(code, run.id)
 
 
@@ -160,9 +163,9 @@ def _verb(name: str, run: Run) -> int:
 def _nothing_to_do(run: Run, view: View) -> None:
     if view.last.state == State.SUCCEEDED:
         print(f"{run.id} is already done: {run.uri}")
-        print(f"next: make eval RUN={run.id}; make export RUN={run.id}; make report RUN={run.id}; a new run: FRESH=1")
+        print(f"next: {steps(run.root, run.id, 'eval', 'export', 'report')}; a new run: FRESH=1")
     else:
-        print(f"{run.id} is already {view.shown}; make status RUN={run.id} shows it, make cancel RUN={run.id} stops it")
+        print(f"{run.id} is already {view.shown}\nnext: {steps(run.root, run.id, 'status', 'cancel')}")
         if look := run.look(view.last).text:
             print(look)
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from core import small_json
 from core.storage import MissingObject, open_store
 from jobs import spec
-from jobs.errors import OK, UserError, nearest
+from jobs.errors import OK, UserError, nearest, redact
 from jobs.follow import follow
 from jobs.launchers import Launcher, Order
 from jobs.placement import Placement
-from jobs.record import Run, State
+from jobs.record import ID, Run, State
 from jobs.settings import Settings, split
+from jobs.steps import elsewhere
 from jobs.table import table
 from jobs.verbs.submit import checked, choose_launcher, described, say, wanted
 
@@ -42,7 +45,7 @@ def submit_sweep(settings: Settings) -> int:
     about = {"recipe": settings.recipe, "sweep": settings.sweep, "runs": dict(zip(ids, members, strict=True))}
     open_store(root).put(f"{FOLDER}/{name}.json", json.dumps(about, indent=1).encode())
     code = _launch([(o, p) for o, p in zip(found, places, strict=True) if o is not None], launcher, settings)
-    say(f"next: make status SWEEP={name}\nsweep: {name}")
+    say(f"next: make status SWEEP={name}{elsewhere(root)}\nsweep: {name}")
     return code
 
 
@@ -98,8 +101,7 @@ def _refuse_doubles(ids: list[str], members: Sequence[tuple[str, ...]]) -> None:
 def status_sweep(settings: Settings) -> int:
     """The members of a sweep with what they have come to."""
     root = settings.root()
-    about = _read(root, settings.sweep)
-    rows = [_row(Run(root, run_id), member) for run_id, member in about["runs"].items()]
+    rows = [_row(Run(root, run_id), member) for run_id, member in _read(root, settings.sweep).items()]
     if settings.json:
         print(json.dumps(rows, indent=1))
         return OK
@@ -108,21 +110,37 @@ def status_sweep(settings: Settings) -> int:
     return OK
 
 
-def _read(root: str, name: str) -> dict[str, Any]:
+def _read(root: str, name: str) -> dict[str, Sequence[str]]:
+    """Runs of a sweep, with the values that are theirs.  Raises UserError, Unreadable."""
     store = open_store(root)
     try:
-        about: dict[str, Any] = json.loads(store.get(f"{FOLDER}/{name}.json"))
-    except (MissingObject, ValueError):
+        about = small_json.read(store, f"{FOLDER}/{name}.json", dict)
+    except MissingObject:
         known = [entry.key.removeprefix(f"{FOLDER}/").removesuffix(".json") for entry in store.list(f"{FOLDER}/")]
         raise UserError(f"SWEEP: there is no sweep {name!r} in {root}{nearest(name, known)} "
                         f"(there is: {', '.join(known) or 'none'})") from None  # fmt: skip
-    return about
+    runs = about.get("runs")
+    if not isinstance(runs, dict) or not all(_is_member(*each) for each in runs.items()):
+        raise small_json.Unreadable(f"{store.uri}/{FOLDER}/{name}.json", "it names no runs of a sweep")
+    return runs
+
+
+def _is_member(run_id: str, member: object) -> bool:
+    swept = isinstance(member, list) and all(isinstance(item, str) and "=" in item for item in member)
+    return swept and bool(re.fullmatch(ID, run_id))
 
 
 def _row(run: Run, member: Sequence[str]) -> dict[str, Any]:
     swept = dict(item.split("=", 1) for item in member)
     if not run.exists():
         return {"run": run.id, **swept, "state": "missing"}
+    try:
+        return _told(run, swept)
+    except (small_json.Unreadable, MissingObject) as error:
+        return {"run": run.id, **swept, "state": redact(str(error))}
+
+
+def _told(run: Run, swept: dict[str, str]) -> dict[str, Any]:
     view = run.view()
     beat = view.heartbeat
     row = {"run": run.id, **swept, "state": view.shown, "attempt": view.last.attempt, "step": beat.get("step", ""),
@@ -136,10 +154,11 @@ def _results(run: Run) -> dict[str, float]:
     """The student's scores, by protocol."""
     found: dict[str, float] = {}
     for entry in run.store.list("evaluations/"):
-        result = json.loads(run.store.get(entry.key)) if entry.key.endswith(".json") else {}
-        for row in result.get("rows", ()):
-            if row.get("model") == "student":
-                found |= {f"{result['protocol']} {k}": v for k, v in row.items() if isinstance(v, float)}
+        result = small_json.read(run.store, entry.key, dict) if entry.key.endswith(".json") else {}
+        rows = result.get("rows")
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and row.get("model") == "student":
+                found |= {f"{result.get('protocol')} {k}": v for k, v in row.items() if isinstance(v, float)}
     return found
 
 

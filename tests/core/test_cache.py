@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import pytest
 
-from core.cache import HELD_S, STRIPES, CacheFull, ShardCache
+from core.cache import HELD_S, MARK, STRIPES, CacheFull, ShardCache
 from core.folder import FileStore
 from core.storage import MissingObject, Store, StoreError, crc32c, open_store
 from tests.core.test_storage import in_forks
@@ -316,3 +316,74 @@ def test_a_full_disk_says_what_can_be_done(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"No space left on device: free space, lower loader\.cache_gb"):
         put(Full(tmp_path / "store"), "a", b"a")(cache)
     assert kept(cache) == []
+
+
+# ---- what is not the cache's own
+
+
+def test_a_folder_that_holds_other_files_is_refused_and_stays_as_it_is(store: CountedStore, tmp_path: Path) -> None:
+    home = tmp_path / "scratch"
+    (home / "data.part").mkdir(parents=True)
+    (home / "data.part" / "half").write_text("of a download of mine")
+    (home / "thesis.tex").write_text("years of work")
+    home.chmod(0o755)
+    cache, fetch = ShardCache(home, 10), put(store, "a", b"a" * 10)
+    for attempt in (cache.check, lambda: fetch(cache), lambda: ahead(store, "a", b"a" * 10)(cache)):
+        with pytest.raises(StoreError, match=r"what is not Retort.s, such as data.part: .*new folder in loader"):
+            attempt()
+    assert sorted(path.name for path in home.rglob("*")) == ["data.part", "half", "thesis.tex"]
+    assert home.stat().st_mode & 0o777 == 0o755
+
+
+def test_files_that_came_into_the_cache_later_are_not_touched_or_counted(store: CountedStore, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 100)
+    put(store, "a", b"a" * 100)(cache)
+    mine = [cache.folder / "notes", cache.folder / "x.part" / "y", cache.folder / ("0" * 40 + "-00000000.bak")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"m" * 200)
+        os.utime(path, (1, 1))
+    (cache.folder / ("1" * 40 + "-00000000")).symlink_to(mine[0])
+    last = put(store, "b", b"b" * 100)(cache)
+    assert last.exists()
+    assert all(path.read_bytes() == b"m" * 200 for path in mine)
+
+
+def test_an_empty_folder_and_a_cache_without_its_mark_are_taken_over(store: CountedStore, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o755)
+    cache, fetch = ShardCache(tmp_path / "cache", LIMIT), put(store, "a", b"bytes")
+    path = fetch(cache)
+    (cache.folder / MARK).unlink()
+    cache.check()
+    assert fetch(cache) == path
+    assert store.downloads() == ["a"]
+    assert (cache.folder / MARK).exists()
+
+
+def test_only_this_user_can_read_the_cache(store: CountedStore, cache: ShardCache) -> None:
+    before = os.umask(0)
+    try:
+        put(store, "a", b"a photograph of somebody")(cache)
+    finally:
+        os.umask(before)
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    cache.folder.chmod(0o755)
+    put(store, "b", b"another")(cache)
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_that_somebody_else_has_laid_out_is_refused(
+    store: CountedStore, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = put(store, "a", b"bytes")
+    fetch(cache)
+    monkeypatch.setattr(os, "getuid", lambda: 2**20)
+    for attempt in (cache.check, lambda: fetch(cache)):
+        with pytest.raises(StoreError, match=f"shard cache {cache.folder}: it belongs to user"):
+            attempt()
+    monkeypatch.undo()
+    link = cache.folder.with_name("link")
+    link.symlink_to(cache.folder)
+    with pytest.raises(StoreError, match="it is a link"):
+        fetch(ShardCache(link, LIMIT))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core import commits
+from core import manifest as manifests
 from core.commits import Claim, SupersededError
 from core.manifest import CheckpointError, Manifest, Slice
 from core.storage import MissingObject, Store, StoreError, open_store
@@ -82,8 +83,8 @@ def test_an_entry_that_is_damaged_on_its_way_is_asked_for_again(tmp_path: Path) 
     answers = [b"{damaged"]
 
     class Noisy(Troubled):
-        def get(self, key: str) -> bytes:
-            return answers.pop() if answers else super().get(key)
+        def get_range(self, key: str, start: int, size: int) -> bytes:
+            return answers.pop() if answers else super().get_range(key, start, size)
 
     run = Noisy(tmp_path)
     log(run, claim(5))
@@ -187,3 +188,20 @@ def test_entries_are_plain_json(run: Store) -> None:
     body = json.loads(run.get("commits/000001.json"))
     assert (body["schema"], body["kind"], body["entry"]["skipped"]) == (2, "claim", [[1, 2]])
     assert "number" not in body["entry"] or body["entry"]["number"] == 0
+
+
+def test_a_manifest_of_other_kinds_is_damaged_though_its_checksum_is_right(run: Store) -> None:
+    sound = manifests.to_json(manifest(4))
+    place = sound["position"]
+    wrong = [{"world": "1"}, {"world": 1 << 40}, {"created": None}, {"files": []},
+             {"files": {"a": {"size": "1", "crc32c": 1}}}, {"position": {**place, "step": "4"}}, {"score": "x"},
+             {"position": {**place, "stage": 4}}, {"position": []}, {"slices": [1]}, {"metrics": [1]}]  # fmt: skip
+    for number, other in enumerate(wrong, 1):
+        body = {"schema": commits.SCHEMA, "kind": "checkpoint", "entry": {**sound, **other}}
+        run.put(commits.key(number), json.dumps({**body, "crc32c": commits._sum(body)}).encode())
+    for content in (b"[" * 100_000, b'{"schema": 2, "crc32c": 1, "entry": ' + b"[" * 90 + b"]" * 90 + b"}"):
+        run.put(commits.key(len(commits.numbers(run)) + 1), content)
+    for number in commits.numbers(run):
+        with pytest.raises(CheckpointError, match=f"{commits.key(number)}: unreadable: "):
+            commits.read(run, number)
+    assert list(commits.checkpoints(run, warn=lambda text: None)) == []

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def test_a_wrong_line_of_a_base_recipe_names_the_base(write: Write) -> None:
         ("schema=2", "schema: this Retort reads recipes of schema 1, not 2"),
         ("method.name=", "method.name: not set"),
         ("name=../elsewhere", "name: '../elsewhere' must be made of"),
-        ("data.source=${nothing}", "data.source: Interpolation key 'nothing' not found"),
+        ("data.source=${nothing}", "data.source: ${...} in '${nothing}'"),
     ],
 )
 def test_a_wrong_override_is_refused(write: Write, item: str, message: str) -> None:
@@ -266,6 +267,96 @@ def test_yaml_cannot_run_code(write: Write, tmp_path: Path) -> None:
     path = write(f"data: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     assert "not valid YAML" in refusal(path)
     assert not (tmp_path / "made").exists()
+
+
+INTERPOLATIONS = ("${oc.env:AWS_SECRET_ACCESS_KEY}", "${seed}", "a${oc.env:X,y}b", "${", "\\\\${x}")
+
+
+@pytest.mark.parametrize("text", INTERPOLATIONS)
+def test_nothing_is_filled_in_from_the_environment_or_from_other_fields(
+    write: Write, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
+    quoted = json.dumps(text)
+    places = {
+        f"store: {quoted}\n": ":3: store: ${...}",
+        f"about:\n  paper: {quoted}\n": ":4: about.paper: ${...}",
+        f"data: {{merge: [{quoted}]}}\n": ":3: data.merge: ${...}",
+        f"student: {{args: {{x: {quoted}}}}}\n": ":3: student.args.x: ${...}",
+        f"student: {{args: {{{quoted}: 1}}}}\n": ":3: student.args: ${...}",
+        f"stages: {{a: {{data: {{source: {quoted}}}}}}}\n": ":3: stages.a.data.source: ${...}",
+        f"profiles: {{p: {{prepare: {quoted}}}}}\n": ":3: prepare: ${...}",
+    }
+    for more, words in places.items():
+        path = write(more)
+        told = refusal(path, "p" if "profiles" in more else "")
+        assert told.startswith(f"{path}{words}")
+        assert "very-secret-value" not in told
+    told = refusal(write(), "", [f"store={quoted}"])
+    assert told.startswith("SET: store: ${...}")
+    assert "very-secret-value" not in told
+    stored = to_yaml(load(write())).replace("prepare: ''", f"prepare: {quoted}")
+    with pytest.raises(ConfigError, match=r"^runs/r/recipe\.yaml:\d+: prepare: "):
+        from_yaml(stored, "runs/r/recipe.yaml")
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\u2028", "\u202e"])
+def test_a_value_is_one_line_of_text(write: Write, character: str) -> None:
+    quoted = json.dumps(f"s3://b/x{character}echo")
+    path = write(f"\nstore: {quoted}\n")
+    assert refusal(path).startswith(f"{path}:4: store: must be one line")
+    assert "SET: store: must be one line" in refusal(write(), "", [f"store={quoted}"])
+    assert "evaluate.protocols: must be one line" in refusal(write(), "", [f"evaluate.protocols=[{quoted}]"])
+    assert "method.options: must be one line" in refusal(write(), "", [f"method.options={{{quoted}: 1}}"])
+    stored = to_yaml(load(write())).replace("store: ''", f"store: {quoted}")
+    with pytest.raises(ConfigError, match="store: must be one line"):
+        from_yaml(stored)
+
+
+def test_what_a_recipe_says_of_itself_may_have_several_lines(write: Write) -> None:
+    assert load(write("about:\n  paper: |\n    one\n    two\n")).about.paper == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("args", ["{checkpoint_path: /x}", "{pretrained_cfg: {file: /x}}", "{init_values: null}"])
+def test_arguments_that_would_not_be_as_stated_are_refused_when_the_recipe_is_read(write: Write, args: str) -> None:
+    name = args[1:].partition(":")[0]
+    for more, place in (
+        (f"student: {{args: {args}}}\n", "student"),
+        (f"stages: {{a: {{student: {{args: {args}}}}}}}\n", "stages.a.student"),
+    ):
+        assert refusal(write(more)).startswith(f"{place}.args.{name}: ")
+    assert refusal(write(), "", [f"teachers.one.args={args}"]).startswith(f"teachers.one.args.{name}: ")
+    with pytest.raises(ConfigError, match=rf"^student.args.{name}: "):
+        from_yaml(to_yaml(load(write())).replace("  args: {}", f"  args: {args}", 1))
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(ALIASES, "too large for a file of settings: it stands for"), (MERGES, "too large"),
+     ("- " * 100_000, "too deep"), ("data: " + "{a: " * 40 + "1" + "}" * 40, "too large"),
+     ("# " + "x" * 2**18, "too large"), ("data: [" + "x, " * 20_000 + "x]", "stands for"),
+     ("data: &a [*a]", "inside of its own anchor"), ("about: {published: 2024-13-45}", "not valid YAML: month must"),
+     ("seed: " + "9" * 5000, "not valid YAML")],
+)  # fmt: skip
+def test_a_file_that_stands_for_too_much_is_refused_before_any_work(write: Write, text: str, words: str) -> None:
+    began = time.monotonic()
+    assert words in refusal(write(text, least=""))
+    with pytest.raises(ConfigError, match=r"^runs/r/recipe\.yaml"):
+        from_yaml(text, "runs/r/recipe.yaml")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("value", ["- " * 10_000, "[" * 40 + "]" * 40, "2024-13-45", "9" * 5000])
+def test_so_is_a_value_of_an_override(write: Write, value: str) -> None:
+    told = refusal(write(), "", [f"data.source={value}"])
+    assert "is not a valid YAML value" in told
+    assert len(told) < 500
 
 
 # ---- identity

@@ -101,10 +101,10 @@ def test_descriptions_are_read_beside_each_other(tmp_path: Path) -> None:
     gate = threading.Barrier(4, timeout=20)
 
     class Slow(FileStore):
-        def get(self, key: str) -> bytes:
+        def get_range(self, key: str, start: int, size: int) -> bytes:
             if threading.current_thread() is not threading.main_thread():
                 gate.wait()
-            return super().get(key)
+            return super().get_range(key, start, size)
 
     run, about = Slow(tmp_path), manifest(4, world=4)
     for rank in range(4):
@@ -114,7 +114,7 @@ def test_descriptions_are_read_beside_each_other(tmp_path: Path) -> None:
 
 def test_trouble_with_the_store_is_told(tmp_path: Path) -> None:
     class Down(FileStore):
-        def get(self, key: str) -> bytes:
+        def get_range(self, key: str, start: int, size: int) -> bytes:
             raise StoreError("no connection")
 
     about = manifest(4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -179,9 +180,9 @@ def test_entries_are_read_once_by_a_policy_that_is_used_again(tmp_path: Path) ->
     read: list[str] = []
 
     class Counted(Troubled):
-        def get(self, key: str) -> bytes:
+        def get_range(self, key: str, start: int, size: int) -> bytes:
             read.append(key)
-            return super().get(key)
+            return super().get_range(key, start, size)
 
     run, policy = Counted(tmp_path), Policy(keep=2)
     trained(run, 2, 4)
@@ -229,8 +230,18 @@ def test_a_hold_that_was_left_behind_ends_by_itself_and_is_cleared_away(
 def test_a_file_that_is_no_hold_holds_nothing(run: Store) -> None:
     run.put("holds/000002-x.json", b"{")
     run.put("holds/000003-y.json", b"{}")
+    run.put("holds/000005-w.json", b'{"until": "x"}')
+    run.put("holds/000006-v.json", b"[" * 100_000)
     run.put("holds/000004-z.json", json.dumps({"until": 4e9}).encode())
     assert held(run) == {4}
+
+
+def test_no_hold_lasts_longer_than_an_hour_whatever_it_says(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.put("holds/000004-z.json", json.dumps({"until": 4e9}).encode())
+    later = time.time() + retention.HOLD_S + retention.CLOCKS_S + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert held(run) == set()
+    assert keys(run, "holds/") == []
 
 
 def test_where_nothing_may_be_written_reading_goes_on(tmp_path: Path) -> None:

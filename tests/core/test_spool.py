@@ -113,3 +113,33 @@ def test_a_base_that_is_no_folder_is_an_error_of_the_disk(tmp_path: Path) -> Non
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="Not a directory|File exists"):
         Spool(str(tmp_path / "file"), a_run(tmp_path)).write("a", b"x")
+
+
+def test_nothing_is_written_through_a_link_or_into_a_folder_that_others_can_write(spool: Spool, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").chmod(0o755)
+    spool.folder.parent.mkdir()
+    spool.folder.symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError, match="it is a link"):
+        spool.write("a", b"x")
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o755
+    assert os.listdir(tmp_path / "theirs") == []
+    spool.folder.unlink()
+    spool.folder.mkdir()
+    spool.folder.chmod(0o777)
+    (spool.folder / "planted").write_bytes(b"x")
+    assert spool.keys() == []
+    with pytest.raises(PermissionError, match="others may write"):
+        spool.write("a", b"x")
+
+
+def test_the_temporary_base_is_private_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spool = Spool("", a_run(tmp_path))
+    spool.write("a", b"x")
+    base = spool.folder.parent
+    assert base.stat().st_mode & 0o777 == 0o700
+    base.chmod(0o777)
+    assert spool.keys() == []
+    with pytest.raises(PermissionError, match="others may write"):
+        spool.write("b", b"x")

@@ -153,6 +153,12 @@ class StoreBehaviour:
         (entry,) = store.list()
         assert abs(entry.modified - (tmp_path / "now").stat().st_mtime) < 60
 
+    def test_a_store_tells_the_time_by_which_it_dates_entries(self, store: Store) -> None:
+        store.put("x", b"1")
+        [entry] = store.list()
+        assert entry.modified - 2 < store.now() < entry.modified + 60
+        assert keys(store) == ["x"]
+
     def test_files_come_and_go_whole(self, store: Store, tmp_path: Path) -> None:
         data = os.urandom(3 * MIB + 17)
         (tmp_path / "source").write_bytes(data)
@@ -407,3 +413,38 @@ def test_a_folder_of_links_is_followed_once(tmp_path: Path) -> None:
     (tmp_path / "photos/cats/all").symlink_to(tmp_path / "photos")
     (tmp_path / "photos/broken.jpg").symlink_to(tmp_path / "nowhere")
     assert keys(FileStore(tmp_path / "photos")) == ["cats/1.jpg", "dogs/2.jpg"]
+
+
+def test_a_confined_folder_neither_lists_nor_deletes_through_links(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x").write_bytes(b"")
+    store = FileStore(tmp_path / "root")
+    store.put("own/x", b"")
+    for name in ("linked", "own/linked"):
+        (tmp_path / "root" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/own/file").symlink_to(tmp_path / "elsewhere/x")
+    confined = store.confined()
+    assert keys(confined) == ["own/x"]
+    assert keys(confined.sub("linked")) == keys(confined, "linked/") == []
+    confined.delete("linked/x", "own/linked/x")
+    confined.sub("own").sub("linked").delete("x")
+    assert (tmp_path / "elsewhere/x").exists()
+    confined.sub("own").delete("x")
+    assert keys(store) == ["linked/x", "own/file", "own/linked/x"], "what is no link goes as ever"
+
+
+def test_only_temporary_files_of_our_own_making_and_place_are_abandoned_ones(tmp_path: Path) -> None:
+    ours, theirs, linked = f".tmp-{'a' * 32}", ".tmp-editor", f".tmp-{'b' * 32}"
+    (tmp_path / "elsewhere").mkdir()
+    store = FileStore(tmp_path / "root")
+    store.put("own/x", b"")
+    store.put("other/x", b"")
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    for path in (f"root/own/{ours}", f"root/own/{theirs}", f"root/other/{ours}", f"elsewhere/{linked}"):
+        (tmp_path / path).touch()
+        os.utime(tmp_path / path, (0, 0))
+    assert store.abandoned(60.0, lambda key: key != f"other/{ours}", remove=True) == 1
+    assert (tmp_path / "root/other" / ours).exists()
+    assert (tmp_path / "elsewhere" / linked).exists()
+    assert not (tmp_path / "root/own" / ours).exists()
+    assert (tmp_path / "root/own" / theirs).exists()

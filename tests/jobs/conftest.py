@@ -12,6 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from core import machine
+from core.small_json import Unreadable
 from jobs.record import Run
 from jobs.settings import Settings
 
@@ -26,7 +28,7 @@ def fake_worker(deed: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No option of the shell or the make that runs the tests reaches a command under test."""
-    for name in [*(n.upper() for n in Settings.__dataclass_fields__), "RETORT_STORE"]:
+    for name in [*(n.upper() for n in Settings.__dataclass_fields__), "RETORT_STORE", *machine.FIELDS]:
         monkeypatch.delenv(name, raising=False)
     for name in ("RAY_ADDRESS", "KUBECONFIG"):
         monkeypatch.delenv(name, raising=False)
@@ -55,15 +57,16 @@ def new_run(root: str) -> Iterator[Callable[..., Run]]:
 
     yield make
     for run in made:
-        if run.exists():
-            end_supervisor(run)
+        with suppress(Unreadable):
+            if run.exists():
+                end_supervisor(run)
 
 
 def end_supervisor(run: Run) -> None:
     """Kill what may still work on a run: the supervisor's session."""
     pid = run.handle(run.last()).get("pid")
     for entry in Path("/proc").iterdir():
-        if pid and entry.name.isdigit():
+        if type(pid) is int and pid > 1 and entry.name.isdigit():
             with suppress(ProcessLookupError, PermissionError):
                 if os.getsid(int(entry.name)) == pid:
                     os.kill(int(entry.name), 9)

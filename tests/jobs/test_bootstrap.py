@@ -79,6 +79,8 @@ def test_a_stale_set_up_is_done_again(project: Path, change: str, monkeypatch: p
     assert all("--require-hashes" in command for command in commands if "install" in command)
     packages = next(command for command in commands if command[-1].endswith("requirements.lock"))
     assert "--compile-bytecode" in packages
+    assert packages[packages.index("--build-constraints") + 1] == packages[-1]
+    assert all(command[1] == "-P" for command in commands), "nothing of the folder it is called from is imported"
     assert ("venv" in commands[0]) == (change == "python")
     assert (project / ".venv" / "retort.stamp").read_text() == bootstrap.wanted_stamp(project)
 
@@ -95,6 +97,12 @@ def test_a_refusal_ends_with_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(bootstrap.platform, "machine", lambda: "riscv64")
     assert bootstrap.main([]) == 3
     assert capsys.readouterr().err.startswith("error: Retort runs on Linux x86-64, and this is Linux riscv64")
+
+
+def test_what_source_distributions_are_built_with_is_pinned() -> None:
+    text = (REPOSITORY / "requirements.lock").read_text()
+    assert re.search(r"^setuptools==[\d.]+ \\\n    --hash=sha256:", text, re.MULTILINE)
+    assert "--build-constraints" in (REPOSITORY / "docker" / "install.py").read_text()
 
 
 def test_the_installer_is_pinned_with_hashes() -> None:

@@ -142,6 +142,19 @@ def test_values_that_cannot_be_read_name_their_variable(environment: dict[str, s
         settings("logs", **environment)
 
 
+@pytest.mark.parametrize("name", ["STORE", "RUN", "SRC", "TAG", "CLUSTER", "AFTER"])
+def test_options_are_one_line_of_text(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: must be one line"):
+        settings("status", **{name: "x\ny"})
+
+
+def test_words_may_be_set_out_over_lines_and_a_note_may_have_some() -> None:
+    found = settings("submit", SET="a.b=c\n\td=e", SWEEP="a=1\nb=2", LICENCE="one\ntwo")
+    assert (found.set, found.sweep, found.licence) == (("a.b=c", "d=e"), "a=1\nb=2", "one\ntwo")
+    with pytest.raises(UserError, match="LICENCE"):
+        settings("shards", LICENCE="\x1b[2J")
+
+
 def test_the_store_is_the_nearest_that_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from core.recipe import Recipe
 
@@ -160,6 +173,12 @@ def test_what_is_no_store_is_refused(uri: str) -> None:
         Settings(store=uri).root()
 
 
+def test_a_store_is_one_line_wherever_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETORT_STORE", "s3://b/x\necho")
+    with pytest.raises(UserError, match="store: must be one line"):
+        Settings().root()
+
+
 def test_recipes_are_listed_for_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     assert "make submit RECIPE=NAME" in capsys.readouterr().out
@@ -167,3 +186,22 @@ def test_recipes_are_listed_for_people_and_programs(capsys: pytest.CaptureFixtur
     demo = next(row for row in json.loads(capsys.readouterr().out) if row["recipe"] == "demo")
     assert demo["method"] == "unic"
     assert len(demo["teachers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(MemoryError(), "error: memory is used up: lower "), (OSError(24, "Too many"), "error: the limit of open files"),
+     (OSError(28, "No space left on device", "/dev/shm/x"), "error: /dev/shm is used up"),
+     (NotReady("no memory"), "error: no memory")],
+)  # fmt: skip
+def test_what_the_machine_lacks_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def short(settings: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.Verb, "load", lambda verb: short)
+    assert cli.main(["status"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(words)
+    assert "Traceback" not in said

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from core.storage import StoreError
 from jobs import cli, doctor
 from jobs.errors import NOT_READY
 from jobs.spec import REPOSITORY
@@ -76,3 +78,20 @@ def test_a_quick_look_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(doctor, "SHM_GB", 1e9)
     assert cli.main(["doctor", "--quick"]) == NOT_READY
     assert "FAIL  shared memory" in capsys.readouterr().out
+
+
+def test_temporary_folders_of_somebody_else_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    planted = tmp_path / f"retort-spool-{os.getuid()}"
+    planted.symlink_to(tmp_path)
+    with pytest.raises(StoreError, match=f"{planted}: it is a link"):
+        doctor.folders(None)
+    planted.unlink()
+    assert doctor.folders(None) == str(tmp_path)
+
+
+def test_a_temporary_directory_too_long_for_sockets_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("j" * 76)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert re.fullmatch(f"{long}; sockets in /[a-z/]+, as its name is too long for them", doctor.folders(None))

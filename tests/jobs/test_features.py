@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from core.config import load
+from core.small_json import Unreadable
 from core.storage import open_store
 from jobs import cli, extract, launchers
 from jobs.errors import BUG
@@ -90,16 +93,21 @@ def test_a_dry_run_says_what_there_would_be_to_do(features: Command, root: str) 
     assert not [name for name in files(root) if "features/" in name]
 
 
-def test_the_next_command_asks_for_what_was_stored(features: Command) -> None:
+def test_the_next_command_asks_for_what_was_stored_where_it_is(
+    features: Command, tiny_recipe: Path, root: str
+) -> None:
     _, out, _ = features("--split", "train", "--set", "seed=3")
-    assert "next: make submit RECIPE=tiny SET='seed=3 features=auto data.views=1 data.codec=bf16'" in out
+    wanted = "SET='seed=3 features=auto data.views=1 data.codec=bf16'"
+    assert f"next: make submit RECIPE={tiny_recipe} {wanted} STORE={root}\n" in out
 
 
-def test_everything_is_stored_and_the_next_command_is_named(features: Command, root: str) -> None:
+def test_everything_is_stored_and_the_next_command_is_named(
+    features: Command, tiny_recipe: Path, root: str
+) -> None:
     code, out, said = features("--views", "2")
     assert code == 0, said
     assert re.search(rf"train: big: {root}/features/[0-9a-f]{{16}}", out)
-    assert "next: make submit RECIPE=tiny SET='features=require data.views=2 data.codec=bf16'" in out
+    assert f"next: make submit RECIPE={tiny_recipe} SET='features=require data.views=2 data.codec=bf16' " in out
     before = files(root)
     assert len([name for name in before if name.endswith(".safetensors")]) == 2
     _, again, _ = features("--views", "2")
@@ -142,6 +150,18 @@ def test_a_worker_says_what_is_wrong_without_a_traceback(capsys: pytest.CaptureF
     assert re.match(r"error: .*features/orders/0{16}\.json does not exist\n$", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("change", [{"recipe": "name: evil\n"}, {"splits": ["heldout"]}, {"recipe": None}])
+def test_an_order_that_was_changed_in_the_store_is_not_obeyed(
+    root: str, tiny_recipe: Path, change: dict[str, object]
+) -> None:
+    name, store = extract.order(root, load(str(tiny_recipe)), ["train"]), open_store(root)
+    key = f"{extract.ORDERS}/{name}.json"
+    assert extract._read(store, name)["splits"] == ["train"]
+    store.put(key, json.dumps({**json.loads(store.get(key)), **change}).encode())
+    with pytest.raises(Unreadable, match=f"{key}: it has been changed since it was given: make features"):
+        extract.work(root, name)
+
+
 def test_workers_that_are_lost_leave_their_work_to_the_others(tmp_path: Path) -> None:
     script = f"import os, sys; os.mkdir({str(tmp_path / 'first')!r})"  # the second of two cannot
     assert crew.work(["-c", script], 2, ONE) == "1 of 2 workers ended well; others did the work of 1 (exit code 1)"
@@ -169,3 +189,9 @@ def test_a_worker_that_is_asked_to_leave_ends_with_what_to_do_next(signum: signa
     with pytest.raises(SystemExit) as left:
         extract._leave(signum, None)
     assert left.value.code == code
+
+
+def test_an_order_in_the_store_names_no_folder_of_a_machine(tiny_recipe: Path, root: str) -> None:
+    recipe = load(str(tiny_recipe), dotlist=["loader.cache_dir=/nvme"])
+    stored = open_store(root).get(f"{extract.ORDERS}/{extract.order(root, recipe, ['train'])}.json")
+    assert b"nvme" not in stored

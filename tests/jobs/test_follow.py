@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +78,20 @@ def test_an_interrupt_leaves_the_run_alone(
     assert follow(run, 1, Local()) == 0
     assert "the run goes on" in capsys.readouterr().out
     assert run.last().state == State.QUEUED
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_the_run_alone_too(
+    signum: signal.Signals, new_run: Callable[..., Run], root: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = new_run()
+    run.move(State.QUEUED, 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.kill(os.getpid(), signum))
+    assert follow(run, 1, Local()) == 0
+    said = capsys.readouterr().out
+    assert f"next: make status RUN={run.id} STORE={root}; make cancel RUN={run.id} STORE={root}" in said
+    assert signal.getsignal(signum) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

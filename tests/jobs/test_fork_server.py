@@ -165,7 +165,7 @@ def test_programs_and_server_end_with_their_keeper(tmp_path: Path) -> None:
         """
     ))  # fmt: skip
     (tmp_path / "child.py").write_text(
-        "import time\nfrom jobs.worker import _die_with_parent\n_die_with_parent()\n"
+        "import time\nfrom jobs.process import die_with_parent\ndie_with_parent()\n"
         "print('on', flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen([sys.executable, keeper], env=environment(), stdout=subprocess.PIPE, text=True) as process_:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from jobs.launchers import Order
 from jobs.launchers.local import Local
 from jobs.placement import Placement
 from jobs.record import Run, State
+from jobs.spec import REPOSITORY
 from tests.jobs.conftest import end_supervisor, fake_worker
 from tests.kube_server import KubeServer
 
@@ -48,9 +51,9 @@ def test_a_submitted_run_is_worked_on_by_another_session(new_run: MakeRun, tiny_
     assert (queued["ranks"], queued["commit"]) == (2, "abc")
     assert os.getsid(queued["pid"]) == queued["pid"] != os.getsid(0)
     wait_until(lambda: run.last().state == State.RUNNING)
-    assert launcher.look(queued).alive is True
-    assert launcher.cancel(queued)
-    wait_until(lambda: not launcher.look(queued).alive)
+    assert launcher.look(run, queued).alive is True
+    assert launcher.cancel(run, queued)
+    wait_until(lambda: not launcher.look(run, queued).alive)
     assert run.last().state == State.PREEMPTED
 
 
@@ -122,7 +125,7 @@ def test_a_run_cancelled_before_its_ranks_are_up_never_runs(new_run: MakeRun, ti
     run = new_run()
     launcher = submit(run, tiny_recipe, "wait")
     assert cli.main(["cancel", run.id, "--store", root]) == 0
-    assert not launcher.look(run.handle(run.last())).alive
+    assert not launcher.look(run, run.handle(run.last())).alive
     assert run.last().state == State.CANCELLED
 
 
@@ -136,8 +139,82 @@ def test_a_finished_run_cannot_be_cancelled(new_run: MakeRun, root: str, capsys:
 
 def test_a_signal_to_another_process_of_the_same_number_is_not_sent(new_run: MakeRun) -> None:
     info = process.identity(os.getpid())
-    assert not Local().cancel({**info, "born": 1})
-    assert not process.send({**info, "host": "elsewhere"}, signal.SIGTERM)
+    assert not Local().cancel(new_run(), {**info, "born": 1})
+    assert not process.send({**info, "host": "elsewhere"}, signal.SIGTERM, "pytest")
+
+
+@pytest.fixture
+def bystander(root: str) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts processes of this user that look like supervisors, but for what they run."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start(module: str, run: str, store: str) -> subprocess.Popen[bytes]:
+        words = ["--run", run, "--store", store]
+        made.append(subprocess.Popen([sys.executable, "-c", "input()", "-m", module, *words], stdin=subprocess.PIPE))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.kill()
+        each.wait()
+
+
+OURS, NAME = "jobs.launchers.local", "demo-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "place"),
+    [("http.server", NAME, "{root}"), (OURS, "demo-other", "{root}"), (OURS, NAME, "file:///elsewhere")],
+)
+def test_a_record_that_names_somebody_s_process_has_it_neither_signalled_nor_taken_for_the_run(
+    new_run: MakeRun, bystander: Callable[..., subprocess.Popen[bytes]], root: str, module: str, name: str, place: str
+) -> None:
+    victim, run = bystander(module, name, place.format(root=root)), new_run()
+    run.move(State.QUEUED, 1, launcher="local", **process.identity(victim.pid))
+    assert run.view().shown == "lost"
+    assert not Local().cancel(run, run.handle(run.last()))
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert victim.poll() is None
+
+
+@pytest.mark.parametrize("pid", ["1; rm", "../1", -1, 0, 10**30, None, [1], 1.5])
+def test_what_is_no_process_number_is_none(new_run: MakeRun, root: str, pid: object) -> None:
+    run = new_run()
+    run.move(State.QUEUED, 1, launcher="local", **{**process.identity(os.getpid()), "pid": pid})
+    assert not Local().cancel(run, run.handle(run.last()))
+    assert cli.main(["status", "--store", root]) == 0
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+
+
+def test_logs_are_read_in_the_known_folder_only(
+    new_run: MakeRun, tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "private" / "attempt-0001"
+    secret.mkdir(parents=True)
+    (secret / "keys.log").write_text("secret\n")
+    run = new_run()
+    run.move(State.QUEUED, 1, launcher="local", logs=str(secret.parent))
+    assert cli.main(["logs", run.id, "--store", root]) == 0
+    run.move(State.FAILED)
+    run.move(State.QUEUED, 2, launcher="local", logs=f"{Path.cwd()}/.retort/logs/{run.id}/../../../private")
+    (tmp_path / "private" / "attempt-0002").mkdir()
+    (tmp_path / "private" / "attempt-0002" / "keys.log").write_text("secret\n")
+    assert cli.main(["logs", run.id, "--store", root]) == 0
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_a_record_of_no_known_launcher_is_told_and_does_no_harm(
+    new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = new_run(recipe="name: demo\n"), new_run("demo-2")
+    run.move(State.QUEUED, 1, launcher="../../evil")
+    other.move(State.QUEUED, 1, launcher=["x"])
+    assert cli.main(["status", "--store", root]) == 0
+    assert cli.main(["status", run.id, "--store", root]) == 0
+    assert "names a launcher '../../evil', of which there is none" in capsys.readouterr().out
+    assert cli.main(["logs", run.id, "--store", root]) == 0
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
 
 
 @pytest.mark.parametrize(("name", "words"), [("lcal", "mean local"), ("auto", "unknown")])
@@ -159,3 +236,33 @@ def test_auto_takes_slurm_then_ray_then_this_machine(monkeypatch: pytest.MonkeyP
     assert launchers.automatic() == ("ray", "RAY_ADDRESS is set")
     monkeypatch.setattr("jobs.slurm.queue.answers", lambda: True)
     assert launchers.automatic()[0] == "slurm"
+
+
+TIED = """
+import sys, time
+from core.config import load
+from jobs.launchers import Order
+from jobs.launchers.local import Local
+from jobs.placement import Placement
+from jobs.record import Run
+root, recipe, *worker = sys.argv[1:]
+run = Run(root, "demo-0123456789")
+Local(worker, preload=()).submit([Order(run, load(recipe), 1, {})], Placement(2, "cpu", 1))
+print("submitted", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_whose_store_ends_with_the_command_does_not_outlive_it(
+    new_run: MakeRun, root: str, tiny_recipe: Path
+) -> None:
+    run = new_run()
+    env = {**os.environ, "RETORT_TIED": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", TIED, root, str(tiny_recipe), *fake_worker("wait")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"submitted\n"
+        wait_until(lambda: run.last().state == State.RUNNING)
+        child.kill()
+    wait_until(lambda: not process.alive(run.handle(run.last())))
+    assert run.last().state == State.PREEMPTED

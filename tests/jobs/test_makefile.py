@@ -14,8 +14,8 @@ from jobs.spec import REPOSITORY
 
 RECORDER = """#!/bin/sh
 [ "$1" = jobs/bootstrap.py ] && exit 0
-printf '%s\\n' "$@" > "$RECORD.arguments"
-env -0 > "$RECORD"
+printf '%s\\n' "$@" > "$SEEN.arguments"
+env -0 > "$SEEN"
 exit ${CODE:-0}
 """
 NASTY = [
@@ -42,7 +42,7 @@ def make(project: Path, *words: str, **variables: str) -> tuple[subprocess.Compl
     record = project / "record"
     record.unlink(missing_ok=True)
     keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    own = {**keep, **variables, "RECORD": str(record)}
+    own = {**keep, **variables, "SEEN": str(record)}
     done = subprocess.run(
         ["make", f"PYTHON={project}/.venv/bin/python", *words], cwd=project, env=own, capture_output=True, text=True
     )
@@ -66,6 +66,14 @@ def test_values_arrive_as_they_are_and_are_not_run(project: Path, value: str, wa
     assert (project / "record.arguments").read_text().split() == ["-m", "jobs", "submit"]
 
 
+@pytest.mark.parametrize("verb", ["submit", "demo", "bench"])
+def test_commands_take_their_code_from_the_makefile_s_folder_alone(project: Path, verb: str) -> None:
+    _, seen = make(project, verb, PYTHONPATH="/own/methods")
+    assert (seen["PYTHONSAFEPATH"], seen["PYTHONPATH"]) == ("1", f"{project}:/own/methods")
+    _, seen = make(project, verb)
+    assert seen["PYTHONPATH"] == str(project)
+
+
 def test_every_option_of_the_command_line_is_passed_on(project: Path) -> None:
     names = {name.upper() for verb in cli.VERBS.values() for name in (*verb.takes, *verb.options)}
     _, seen = make(project, "submit", *(f"{name}=v-{name}" for name in names))
@@ -77,6 +85,15 @@ def test_every_verb_has_its_target(project: Path) -> None:
         done, seen = make(project, verb)
         assert done.returncode == 0, done.stderr
         assert (project / "record.arguments").read_text().split() == ["-m", "jobs", verb]
+
+
+def test_soak_hands_its_numbers_on_as_they_are(project: Path) -> None:
+    marker = project / "marker"
+    done, _ = make(project, "soak", f"RUNS=$(shell touch {marker})", "SEED=`id`", CODE="2")
+    assert not marker.exists()
+    arguments = (project / "record.arguments").read_text().splitlines()
+    assert arguments == ["-m", "tests.system.soak", "--runs", f"$(shell touch {marker})", "--seed", "`id`"]
+    assert "Error 2" in done.stderr
 
 
 def test_the_code_of_a_command_is_shown(project: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,7 +61,25 @@ def test_a_process_is_recognised_until_it_ends(sleepers: Sleepers) -> None:
     known = process.identity(sleepers["one"].pid)
     assert process.alive(known)
     assert process.alive({**known, "host": "elsewhere"}) is None
-    assert process.send(known, signal.SIGKILL)
+    assert process.runs(known, "sleeper", "--run", "a") is True
+    assert process.runs({**known, "host": "elsewhere"}, "sleeper") is None
+    assert process.send(known, signal.SIGKILL, "sleeper", "--run", "a")
     sleepers["one"].wait()
     assert process.alive(known) is False
-    assert not process.send(known, signal.SIGKILL)
+    assert process.runs(known, "sleeper") is False
+    assert not process.send(known, signal.SIGKILL, "sleeper")
+
+
+@pytest.mark.parametrize("program", [("sleeper", "--run", "b"), ("sleeper", "a", "--run"), ("other", "--run", "a")])
+def test_a_process_that_runs_something_else_is_not_signalled(sleepers: Sleepers, program: tuple[str, ...]) -> None:
+    known = process.identity(sleepers["one"].pid)
+    assert process.runs(known, *program) is False
+    assert not process.send(known, signal.SIGKILL, *program)
+    assert sleepers["one"].poll() is None
+
+
+def test_a_process_of_another_user_is_not_signalled(sleepers: Sleepers, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = process.identity(sleepers["one"].pid)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert process.runs(known, "sleeper", "--run", "a"), "though it is seen to work"
+    assert not process.send(known, signal.SIGKILL, "sleeper", "--run", "a")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from core.small_json import SMALL
 from core.storage import MissingObject
-from jobs import process
+from jobs import cli, process
 from jobs.errors import UserError
-from jobs.record import HEARTBEAT_LIMIT_S, LEGAL, IllegalMove, Run, State
+from jobs.pulse import HEARTBEAT_LIMIT_S
+from jobs.record import LEGAL, IllegalMove, Run, State
 
 MakeRun = Callable[..., Run]
 
@@ -196,3 +201,110 @@ def test_a_process_is_told_from_a_later_one_of_the_same_number() -> None:
     assert process.alive({**info, "born": info["born"] + 1}) is False
     assert process.alive({**info, "host": "elsewhere"}) is None
     assert process.alive({}) is None
+
+
+# ---- what strangers and broken disks have written
+
+DEEP = b"[" * 100_000
+DAMAGED = [b"", b"{", DEEP, b"[]", b"null", b"3", b"\xff\xfe", b" " * (SMALL + 1), b"{}",
+           b'{"number": 1, "state": "flying", "time": 1, "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": ["queued"], "time": 1, "attempt": 1, "info": {}}',
+           b'{"number": 2, "state": "queued", "time": 1, "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": "queued", "time": NaN, "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": "queued", "time": 1e400, "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": "queued", "time": 1' + b"0" * 400 + b', "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": "queued", "time": "now", "attempt": 1, "info": {}}',
+           b'{"number": 1, "state": "queued", "time": 1, "attempt": "1", "info": {}}',
+           b'{"number": 1, "state": "queued", "time": 1, "attempt": 1, "info": []}',
+           b'{"number": 1, "state": "queued", "time": 1, "attempt": 1, "info": {}, "more": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_transition_is_a_row_and_not_the_end_of_status(
+    new_run: MakeRun, root: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run("demo-2")
+    new_run("demo-1")
+    run.store.put("transitions/000001.json", content)
+    assert cli.main(["status", "--store", root]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("demo-1 ")
+    assert re.match(rf"demo-2 +unreadable +0  unreadable: {run.uri}/transitions/000001.json: ", lines[3])
+    assert cli.main(["status", "--store", root, "--json"]) == 0
+    assert [(row["run"], row["state"]) for row in json.loads(capsys.readouterr().out)] == [
+        ("demo-1", "created"), ("demo-2", "unreadable"),
+    ]  # fmt: skip
+    for verb in ("status", "cancel", "logs"):
+        assert cli.main([verb, "demo-2", "--store", root]) == 3
+        assert f"error: unreadable: {run.uri}/transitions/000001.json" in capsys.readouterr().err
+
+
+BEATS = [b"{", DEEP, b"[]", b" " * (SMALL + 1), b'{"time": "now", "attempt": 1}', b'{"time": 1}',
+         b'{"time": NaN, "attempt": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BEATS)
+def test_a_damaged_heartbeat_is_said_and_the_run_stays_within_reach(
+    new_run: MakeRun, root: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = to_running(new_run(recipe="name: demo\n"))
+    run.store.put("heartbeat.json", content)
+    for words in (["status"], ["status", run.id]):
+        assert cli.main([*words, "--store", root]) == 0
+        out = capsys.readouterr().out
+        assert f"unreadable: {run.uri}/heartbeat.json: " in out
+        assert "running" in out
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+
+
+def test_progress_of_any_kind_is_shown(new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = to_running(new_run())
+    run.beat({"step": [], "steps": {}, "loss": "x", "images_per_s": [1], "eta_s": 10**400, "data_wait": None}, 1)
+    assert cli.main(["status", "--store", root]) == 0
+    assert "step []/{}, loss nan" in capsys.readouterr().out
+
+
+def test_a_record_of_any_kind_is_shown(new_run: MakeRun, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(recipe="name: demo\n")
+    for record in (b'{"dotlist": 3, "recipe": [], "commit": {}}', b'{"dotlist": [1, {}]}'):
+        run.store.put("record.json", record)
+        assert cli.main(["status", run.id, "--store", root]) == 0
+    run.store.put("record.json", DEEP)
+    assert cli.main(["status", run.id, "--store", root]) == 3
+    assert f"error: unreadable: {run.uri}/record.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ahead_s", [HEARTBEAT_LIMIT_S + 5, 86400.0 * 365])
+def test_a_beat_from_the_future_does_not_hide_that_the_run_has_died(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    run = to_running(new_run())
+    now = time.time()
+    with monkeypatch.context() as writer:
+        writer.setattr(time, "time", lambda: now + ahead_s)
+        run.beat({}, 1)
+    assert run.view().shown == "running", "by the store's clock it has just come"
+    path = Path(run.store.uri.removeprefix("file://")) / "heartbeat.json"
+    os.utime(path, (now - 1000, now - 1000))
+    monkeypatch.setattr(time, "time", lambda: now + HEARTBEAT_LIMIT_S + 2)
+    if ahead_s > 1000:
+        assert "no heartbeat for 62 s" in run.view().lost, "since it began to run"
+
+
+def test_a_run_all_of_whose_times_lie_ahead_is_lost_and_says_why(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = to_running(new_run())
+    run.beat({}, 1)
+    past = time.time() - 86400
+    monkeypatch.setattr(time, "time", lambda: past)
+    assert "its last sign of life lies 86400 s ahead of this machine's clock" in run.view().lost
+
+
+def test_a_beat_a_little_ahead_is_believed(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = to_running(new_run())
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 30)
+    run.beat({}, 1)
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert run.view().shown == "running"

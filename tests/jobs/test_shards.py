@@ -69,6 +69,16 @@ def test_wrong_arguments_are_named(arguments: list[str], words: str, capsys: pyt
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", ["photos", "photos/../photos", "link", "%70hotos"])
+def test_a_target_in_the_source_is_refused_however_it_is_written(
+    way: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(photos)
+    assert cli.main(["shards", f"file://{photos}", f"file://{tmp_path}/{way}/shards"]) == 2
+    assert "lies in SRC" in capsys.readouterr().err
+    assert not (photos / "shards").exists()
+
+
 def test_shards_are_not_written_over_others(photos: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
     open_store(root).put("index.json", b"{}")
     assert cli.main(["shards", f"file://{photos}", root, "--workers", "1"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -136,6 +137,70 @@ def test_a_preempted_run_ends_with_75_and_resume_takes_it_up(
     code, _, error = command("resume", run.id)
     assert code == 2
     assert "has succeeded" in error
+
+
+def environment_of(run: Run, attempt: int) -> dict[str, str]:
+    """What a rank that did `environment` has seen."""
+    found: dict[str, str] = json.loads(Path(f".retort/logs/{run.id}/attempt-{attempt:04d}/rank-0000.log").read_text())
+    return found
+
+
+def test_folders_of_this_machine_reach_the_ranks_and_not_the_store(
+    command: Command, tiny_recipe: Path, root: str, tmp_path: Path, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("environment")
+    folders = f"loader.cache_dir={tmp_path}/nvme-cache checkpoint.spool={tmp_path}/nvme-spool"
+    code, out, _ = command("submit", str(tiny_recipe), "--set", folders)
+    assert code == 0
+    run = Run(root, run_of(out))
+    seen = environment_of(run, 1)
+    assert (seen["RETORT_CACHE"], seen["RETORT_SPOOL"]) == (f"{tmp_path}/nvme-cache", f"{tmp_path}/nvme-spool")
+    assert b"nvme" not in run.store.get("recipe.yaml")
+
+
+def test_resume_takes_folders_from_the_command_and_never_from_the_store(
+    command: Command, tiny_recipe: Path, root: str, tmp_path: Path, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("killed")
+    run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
+    stored = yaml.safe_load(run.store.get("recipe.yaml"))
+    stored["loader"]["cache_dir"] = stored["checkpoint"]["spool"] = f"{tmp_path}/photos"
+    run.write_recipe(yaml.safe_dump(stored))
+    ranks_do("environment")
+    assert command("resume", run.id, "--set", f"checkpoint.spool={tmp_path}/own")[0] == 0
+    seen = environment_of(run, 2)
+    assert (seen.get("RETORT_CACHE"), seen["RETORT_SPOOL"]) == (None, f"{tmp_path}/own")
+    assert b"/photos" not in run.store.get("recipe.yaml").split(b"data:")[0]
+    assert (run.recipe().loader.cache_dir, run.recipe().checkpoint.spool) == ("", "")
+
+
+def test_what_follows_a_run_and_an_evaluation_keep_shards_where_their_command_says(
+    command: Command, tiny_recipe: Path, root: str, tmp_path: Path, ranks_do: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from core.evaluate import run as evaluation
+
+    seen: list[str | None] = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: seen.append(os.environ.get("RETORT_CACHE")) or {})
+    ranks_do("ok")
+    code, out, _ = command("submit", str(tiny_recipe), "--after", "eval", "--set", f"loader.cache_dir={tmp_path}/first")
+    assert code == 0
+    assert command("eval", run_of(out))[0] == 0
+    assert command("eval", run_of(out), "--set", f"loader.cache_dir={tmp_path}/second")[0] == 0
+    assert seen == [f"{tmp_path}/first", None, f"{tmp_path}/second"]
+
+
+def test_a_folder_that_is_no_shard_cache_is_refused_before_anything_is_queued(
+    command: Command, tiny_recipe: Path, photos: Path, root: str, ranks_do: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ranks_do("ok")
+    code, _, error = command("submit", str(tiny_recipe), "--set", f"loader.cache_dir={photos}")
+    assert (code, Run.list(root)) == (3, [])
+    assert f"shard cache {photos}: it holds what is not Retort's, such as cats: name an empty or a new folder" in error
+    monkeypatch.setenv("RETORT_CACHE", str(photos))
+    assert command("submit", str(tiny_recipe))[0] == 3
+    assert len(list(photos.rglob("*.jpg"))) == 4
 
 
 def test_a_lost_run_is_taken_up_again(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from core.storage import open_store
 from jobs import cli
 from jobs.errors import UserError
 from jobs.launchers import local
@@ -96,3 +98,27 @@ def test_an_unknown_sweep_is_told_with_those_that_there_are(
     sweep("train.lr=1e-3")
     assert cli.main(["status", "--sweep", "tiny-sweep-0", "--store", root]) == 2
     assert "there is: tiny-sweep-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"{}", b'{"runs": 3}', b'{"runs": {"../x": ["a=1"]}}',
+                                     b'{"runs": {"demo-1": ["a"]}}', b'{"runs": {"demo-1": 3}}'])  # fmt: skip
+def test_a_damaged_sweep_is_named(root: str, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    open_store(root).put("sweeps/tiny-sweep-1.json", content)
+    assert cli.main(["status", "--sweep", "tiny-sweep-1", "--store", root]) == 3
+    assert f"error: unreadable: {root}/sweeps/tiny-sweep-1.json: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["transitions/000003.json", "evaluations/knn.json"])
+def test_a_damaged_member_is_a_row(root: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("demo-1", "demo-2"):
+        run = Run(root, name)
+        run.create("", {})
+        for state in (State.QUEUED, State.RUNNING, State.SUCCEEDED):
+            run.move(state, 1)
+    run.store.put(key, b"[" * 100_000)
+    about = {"runs": {"demo-1": ["a=1"], "demo-2": ["a=2"]}}
+    open_store(root).put("sweeps/tiny-sweep-1.json", json.dumps(about).encode())
+    assert cli.main(["status", "--sweep", "tiny-sweep-1", "--store", root]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"demo-1 +1 +succeeded", out)
+    assert re.search(rf"demo-2 +2 +unreadable: {run.uri}/{key}: ", out)

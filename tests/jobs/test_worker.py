@@ -61,8 +61,10 @@ def test_a_signal_only_sets_a_wish(signum: signal.Signals) -> None:
 def test_a_rank_is_asked_to_stop_when_its_parent_is_gone(root: str) -> None:
     """A parent that is killed cannot tell its ranks: Linux does."""
     rank = (
-        "import signal, sys, time; from jobs.worker import Stop, _die_with_parent; stop = Stop()\n"
-        "signal.signal(signal.SIGTERM, stop.on_signal); _die_with_parent(); print('up', flush=True)\n"
+        "import signal, sys, time\n"
+        "from jobs.process import die_with_parent\n"
+        "from jobs.worker import Stop; stop = Stop()\n"
+        "signal.signal(signal.SIGTERM, stop.on_signal); die_with_parent(); print('up', flush=True)\n"
         "limit = time.monotonic() + 20\n"
         "while not stop() and time.monotonic() < limit: time.sleep(0.01)\n"
         "print('stopped' if stop() else 'left behind', flush=True)"

@@ -27,6 +27,7 @@ def test_a_script_for_slurm_is_rendered_for_a_recipe_and_is_sound(tmp_path: Path
         assert path.parent == REPOSITORY / "slurm" / "out"
         assert subprocess.run(["bash", "-n", path]).returncode == 0
         assert f"# Trains {run_id(out)}." in path.read_text()
+        assert "state     created" in shell.type(out, "status")["status"]
     finally:
         path.unlink()
 
@@ -41,7 +42,8 @@ def test_a_ray_cluster_that_does_not_answer_is_told_before_anything_is_queued(tm
 def test_a_rayjob_that_waits_says_for_what_and_can_be_cancelled(tmp_path: Path, bucket: str, api: KubeServer) -> None:
     env = {"RETORT_STORE": bucket, "RETORT_CLUSTER": str(tmp_path / "ml.yaml"), "KUBECONFIG": str(api.kubeconfig)}
     shell = Shell(tmp_path, **env)
-    name = run_id(shell("submit", "demo", *SMOKE, SHORT, "--launcher", "ray", "--dirty", "--detach"))
+    submitted = shell("submit", "demo", *SMOKE, SHORT, "--launcher", "ray", "--dirty", "--detach")
+    name = run_id(submitted)
     [job] = api.objects("rayjobs")
     assert f"--run {name} " in job["spec"]["entrypoint"]
     api.change("rayjobs", job["metadata"]["name"], {"status": {"jobDeploymentStatus": "Initializing"}})
@@ -49,7 +51,7 @@ def test_a_rayjob_that_waits_says_for_what_and_can_be_cancelled(tmp_path: Path, 
     assert f"{name} is already queued" in again
     assert "is Initializing" in again
     assert len(api.objects("poddisruptionbudgets")) == 2  # of the head and of the workers
-    shell("cancel", name)
+    shell.type(submitted, "status", "logs", "cancel")
     assert not api.objects("rayjobs")
     assert not api.objects("poddisruptionbudgets")
     assert Run(bucket, name).last().state == State.CANCELLED

@@ -36,11 +36,14 @@ def test_a_run_goes_from_submit_to_report_though_a_rank_is_killed(tmp_path: Path
     reached = max(losses(root, name))
     assert 10 <= reached < STEPS
 
-    assert f"{name} succeeded" in shell("resume", name)
+    resumed = shell.type(out, "logs", "resume")["resume"]
+    assert f"{name} succeeded" in resumed
     whole = f"file://{tmp_path}/whole"
     assert shell.submit("demo", *SHORT, "--store", whole) == name, "the same recipe has the same name elsewhere"
     assert losses(root, name) == losses(whole, name), "bit for bit"
-    assert "already done" in shell("submit", "demo", *SHORT)
+    again = shell("submit", "demo", *SHORT, "--store", whole)
+    assert "already done" in again
+    assert "report.html" in shell.type(again, "eval", "export", "report")["report"]
     told = shell("status", name)
     assert "attempt 2 went on from step" in told
     assert "rank-0000" in shell("logs", name)

@@ -18,12 +18,12 @@ import yaml
 from core.config import names
 from core.storage import open_store
 from jobs import cluster
-from jobs.launchers.ranks import free_port
 from jobs.ray.kube import NEEDED
 from jobs.ray.manifest import TEMPLATE
 from tests.jobs.ray import golden
 from tests.k8s import schema
 from tests.k8s.conftest import FOLDER, Objs
+from tests.ranks import free_port
 
 Obj = dict[str, Any]
 Overlay = Callable[[str], Objs]
@@ -101,6 +101,20 @@ def test_those_who_submit_may_do_what_submitting_does_and_read_no_secret(overlay
     assert set(NEEDED) | {("get", "", "pods/log"), ("list", "kueue.x-k8s.io", "workloads")} <= granted
     assert not {resource for _, _, resource in granted} & {"secrets", "configmaps", "*"}
     assert "*" not in {verb for verb, _, _ in granted}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_nobody_is_given_a_shell_in_the_pods_of_others(overlay: Overlay, name: str) -> None:
+    rules = [rule for each in overlay(name) if each["kind"] in ("Role", "ClusterRole") for rule in each["rules"]]
+    granted = {resource for rule in rules for resource in rule["resources"]}
+    assert not granted & {"pods/exec", "pods/attach", "pods/ephemeralcontainers", "*", "pods/*"}
+    assert all(rule.get("resourceNames") for rule in rules if "secrets" in rule["resources"])
+
+
+def test_a_shell_in_pods_is_asked_for_by_itself() -> None:
+    role, binding = yaml.safe_load_all((FOLDER / "overlays/interactive/exec.yaml").read_text())
+    assert [schema.findings(each) for each in (role, binding)] == [[], []]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods/exec"], "verbs": ["create"]}]
 
 
 def test_what_the_example_cluster_file_names_is_there(overlay: Overlay) -> None:

@@ -17,6 +17,7 @@ from core.metrics import read_metrics
 from core.recipe import Recipe
 from core.storage import Store, open_store
 from tests import toy
+from tests.cli import wait_for
 
 CLOCKS = ("images_per_s", "data_wait", "eta_s")  # what two equal runs may differ in
 METHODS = ("toy", "proteus-s", "fd-clip-b", "dime-fm-b32", "udi-s")  # toy: UNIC with small heads
@@ -59,14 +60,16 @@ def run(attempt: Attempt) -> tuple[str, list[dict[str, Any]], Seen]:
     def should_stop() -> bool:
         call = next(calls)
         if rank == attempt.kill_rank and call >= attempt.kill_at:
+            if call > attempt.recipe.checkpoint.every_steps:  # a busy machine may take some steps for committing one
+                wait_for("a checkpoint", lambda: checkpoint.newest(store))
             os.kill(os.getpid(), signal.SIGKILL)
         return rank == attempt.stop_rank and call >= attempt.stop_at
 
     batch = Stage.batch
     if attempt.watch:
         Stage.batch = _watched(batch, seen)  # type: ignore[method-assign]
+    store = attempt.store(open_store(f"{attempt.root}/runs/{attempt.name}"))
     try:
-        store = attempt.store(open_store(f"{attempt.root}/runs/{attempt.name}"))
         outcome = train(attempt.recipe, store, attempt.root, attempt.number, rows.append, should_stop)
     finally:
         Stage.batch = batch  # type: ignore[method-assign]

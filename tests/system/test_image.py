@@ -160,7 +160,7 @@ def test_it_starts_what_it_is_told_to(image: Image) -> None:
     assert (config["User"], config["WorkingDir"]) == ("1000:1000", "/work")
     assert (config["Entrypoint"], config["Cmd"]) == (["tini", "--"], ["python", "-m", "jobs", "--help"])
     names = {pair.partition("=")[0] for pair in config["Env"]}
-    own = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "HOME", "RETORT_COMMIT"}
+    own = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "HOME", "RETORT_COMMIT"}
     assert names == {"PATH", *own}  # and nothing of where it was built
     started = image.run(*config["Entrypoint"], *config["Cmd"])
     assert started.startswith("usage: python -m jobs")

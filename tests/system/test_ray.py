@@ -66,7 +66,7 @@ def test_a_run_goes_through_the_loss_of_each_of_its_parts_and_computes_the_same(
     shown = site.shell("status", name)
     job = site.run(name).handle(site.run(name).last())["job"]
     assert f"Ray job {job} is RUNNING at {site.ray.address}" in shown
-    assert re.search(r"progress .*step \d+/240, loss .* img/s.* ETA", shown)
+    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
     assert len({rank.environ()["RETORT_NODE"] for rank in site.ranks(name)}) == 2  # on two nodes
     site.ranks(name)[1].parent().kill()  # the Ray worker that keeps rank 1
     site.trains(name, 2)

@@ -72,6 +72,12 @@ class Site:
     def leaves(self, job: str) -> None:
         wait_for(f"job {job} out of the queue", lambda: not self.slurm.run("squeue", "--noheader", f"--jobs={job}"))
 
+    def limit(self, job: str, left_s: int) -> None:
+        """Have a job end at the first full minute of its time that is so far away."""
+        minutes, seconds = self.slurm.run("squeue", "--noheader", "--format=%M", f"--jobs={job}").split(":")
+        limit = int(minutes) + (int(seconds) + left_s + 59) // 60
+        self.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
     def sacct(self, job: str) -> list[str]:
         """How each start of a job ended, oldest first."""
         out = self.slurm.run(
@@ -98,18 +104,19 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
     site: Site, whole: dict[int, float]
 ) -> None:
     cluster = site.shell.folder / "site.yaml"
-    cluster.write_text("time_min: 2\n")  # of which launch.grace_s and a minute are for saving
+    cluster.write_text("time_min: 9\n")
     name = run_id(site.submit("--cluster", str(cluster), "--detach", steps=f"{LONG} launch.grace_s=25"))
     job, slurm = site.job(name), site.slurm
 
     site.trains(name, 1)
+    site.limit(job, 45)  # launch.grace_s and a minute before its end a job is signalled
     wait_for("the time limit's signal", lambda: site.run(name).last().attempt == 2)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
     site.trains(name, 2)
     shown = site.shell("status", name)
     assert f"SLURM job {job} RUNNING on rn[1-2]" in shown
-    assert re.search(r"progress .*step \d+/240, loss .* img/s.* ETA", shown)
+    assert re.search(r"progress .*step \d+/320, loss .* img/s.* ETA", shown)
     os.kill(site.ranks(name)[-1], signal.SIGUSR1)  # of the second node only
     site.trains(name, 3)
     slurm.run("scontrol", "requeue", job)
@@ -143,7 +150,7 @@ def test_a_run_goes_through_whatever_slurm_does_to_it_and_computes_the_same(
 
 
 def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(site: Site) -> None:
-    name = run_id(site.submit("--detach", steps=LONG.replace("240", "4000")))
+    name = run_id(site.submit("--detach", steps=LONG.replace("320", "4000")))
     job = site.job(name)
     site.trains(name, 1)
     waiting = run_id(site.submit("--detach", "--set", "seed=1", "--after", "export"))
@@ -164,7 +171,7 @@ def test_cancel_takes_a_waiting_run_from_the_queue_and_lets_a_working_one_save(s
 def test_a_sweep_submits_what_is_missing_as_an_array_and_shows_what_came_of_it(site: Site) -> None:
     cluster = site.shell.folder / "site.yaml"
     cluster.write_text(f"logs: {site.shell.folder}/logs\n")
-    steps = f"{LONG.replace('240', '90')} launch.ranks=1 evaluate.protocols=[knn]"  # enough to be signalled on the way
+    steps = f"{LONG.replace('320', '90')} launch.ranks=1 evaluate.protocols=[knn]"  # enough to be signalled on the way
     first = site.make("submit", f"CLUSTER={cluster}", f"SET={steps} train.lr=1e-3")
     sweep = ("--sweep", "train.lr=1e-3,2e-3,3e-3", "--after", "eval,export")
     out = site.submit(*sweep, steps=steps)

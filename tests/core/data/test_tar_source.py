@@ -18,7 +18,7 @@ from core.data.tar_scan import scan_tar
 from core.data.tar_source import TarSource
 from core.data.tar_table import tar_table
 from core.folder import FileStore
-from core.storage import Store, open_store
+from core.storage import Store, StoreError, open_store
 from tests.core.data.images import jpeg
 from tests.core.data.tars import labelled, special, tar
 
@@ -121,6 +121,8 @@ def test_what_is_no_sample_is_passed_over_with_a_reason(store: FileStore, member
         ({"json": b'{"label": 1.5}'}, "neither a number"),
         ({"json": b'{"label": "caf\xe9"}'}, "no JSON object in UTF-8"),
         ({"json": b"[1]"}, "no JSON object"),
+        ({"json": b"[" * 100_000}, "more than 64 lists and objects in each other"),
+        ({"json": b'{"class": "dog", "a": ' + b"[" * 500 + b"]" * 500 + b"}"}, "more than 64 lists and objects"),
     ],
 )
 def test_a_sample_whose_label_cannot_be_read_is_left_out(
@@ -262,3 +264,25 @@ def test_a_table_survives_being_kept(store: FileStore, tmp_path: Path) -> None:
     )
     assert again.rows.tobytes() == first.rows.tobytes()
     assert again.key_ends.tolist() == [2]
+
+
+def test_scans_are_kept_where_only_this_user_can_read_and_plant_them(store: FileStore, scans: Path) -> None:
+    store.put("a.tar", labelled([jpeg(0)]))
+    open_source(store.uri)
+    (kept,) = scans.glob("retort-scans-*")
+    assert kept.stat().st_mode & 0o777 == 0o700
+    kept.chmod(0o777)
+    with pytest.raises(StoreError, match=f"scans of tars, {kept}: others may write to it"):
+        open_source(store.uri)
+
+
+def test_the_lock_of_a_scan_empties_no_file_that_a_link_leads_to(store: FileStore, scans: Path, tmp_path: Path) -> None:
+    store.put("a.tar", labelled([jpeg(0)]))
+    open_source(store.uri)
+    (lock,) = scans.glob("retort-scans-*/*.lock")
+    (tmp_path / "thesis").write_text("years of work")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "thesis")
+    with pytest.raises(OSError, match="symbolic link"):
+        open_source(store.uri)
+    assert (tmp_path / "thesis").read_text() == "years of work"

@@ -15,6 +15,7 @@ from core.data.source import DataError, open_source
 from core.data.tsv import Table, Tables, feature, open_tables, route, write_index
 from core.data.tsv_source import TsvSource
 from core.folder import FileStore
+from core.storage import StoreError, open_store
 
 
 @pytest.fixture
@@ -114,6 +115,18 @@ def test_a_folder_of_tables_is_a_source_of_images(store: FileStore) -> None:
         assert source.picture(broken).shape == (256, 256, 3)
 
 
+def test_a_list_in_a_bucket_names_no_file_of_this_machine(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.tsv").write_text("key\tsecret\n")
+    (tmp_path / "secret.lineidx").write_text("0\n")
+    theirs = open_store(bucket)
+    theirs.put("image.list", f"{tmp_path}/secret.tsv\n".encode())
+    with pytest.raises(DataError, match="a file of this machine; name tables of the bucket"):
+        open_tables(theirs, "image")
+    theirs.put("image.list", b"../secret.tsv\n")
+    with pytest.raises(StoreError, match="is no key"):
+        open_tables(theirs, "image")
+
+
 def test_a_folder_with_pictures_stays_a_folder_of_pictures(store: FileStore) -> None:
     table(store, "notes_text_.tsv", ("a", "b"))
     store.put("red/1.png", base64.b64decode(png(3)))
@@ -140,8 +153,10 @@ def test_half_a_character_in_a_sentence_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", ["null", "[]", "3", '{"captions": []}', '{"caption": null}', '{"tags": [1]}', '"my task"']
-)
+    "payload",
+    ["null", "[]", "3", '{"captions": []}', '{"caption": null}', '{"tags": [1]}', '"my task"', "[" * 100_000,
+     "[" * 500 + '"a dog"' + "]" * 500, f'"{"a" * (1 << 20)}"'],
+)  # fmt: skip
 def test_a_payload_without_a_sentence_is_refused(payload: str) -> None:
     with pytest.raises(CorruptText, match="no sentence in"):
         candidates(payload)

@@ -29,6 +29,8 @@ def student(name: str = VIT, args: dict[str, Any] | None = None, **more: Any) ->
     [
         ("vit_bse_patch16_224", "student.name: timm has no model .*; did you mean vit_base_patch16_224"),
         ("vit_tiny_patch16_224.in1k", "weights: write name: vit_tiny_patch16_224 and weights: hub:timm/vit_tiny_"),
+        ("hf-hub:timm/vit_tiny_patch16_224", "student.name: timm has no model 'hf-hub:timm/"),
+        ("local-dir:/tmp/weights", "student.name: timm has no model 'local-dir:/tmp/weights'"),
         ("vit_*", "student.name: timm has no model 'vit_[*]'"),
         ("", "student.name: timm has no model ''"),
     ],
@@ -43,6 +45,40 @@ def test_an_argument_that_timm_does_not_take_is_told() -> None:
         create(VIT, {"dpeth": 3}, 224, "teachers.x")
 
 
+LOADING = [
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir",
+]
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_weights_come_from_the_field_weights_alone(name: str) -> None:
+    for value in ("/tmp/x.pth", {"file": "/tmp/x.pth"}, True, False):
+        with pytest.raises(ConfigError, match=rf"teachers.x.args.{name}: .* teachers.x.weights: hub:<id>, file:///x"):
+            create(VIT, {**TINY, name: value}, 16, "teachers.x")
+
+
+@pytest.mark.parametrize("name", ["features_only", "out_indices", "scriptable", "device", "dtype"])
+def test_an_argument_that_wraps_or_moves_the_network_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"student.args.{name}: makes something else of the network"):
+        create(VIT, {**TINY, name: 1}, 16, "student")
+
+
+def test_an_argument_about_the_windows_of_weights_is_no_loader() -> None:
+    sizes = {"depths": (1, 1), "num_heads": (2, 3), "embed_dim": 6, "window_size": 2, "patch_size": 4}
+    create("swinv2_base_window8_256", {**sizes, "pretrained_window_sizes": (2, 2)}, 16, "student")
+
+
+@pytest.mark.parametrize("name", ["init_values", "norm_eps", "global_pool", "drop_rate"])
+def test_an_argument_that_timm_would_drop_is_refused_with_what_to_write(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"student.args.{name}: timm drops null .*write what is meant: 0, false"):
+        create("beit_base_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, name: None}, 32, "student")
+
+
+def test_a_network_without_layer_scale_is_written_with_0() -> None:
+    small = {"embed_dim": 24, "depth": 1, "num_heads": 2, "init_values": 0}
+    assert not [key for key in create("beit_base_patch16_224", small, 32, "student").state_dict() if "gamma" in key]
+
+
 def test_images_that_patches_do_not_divide_are_refused_with_a_size_that_works() -> None:
     with pytest.raises(ConfigError, match=r"student: .* patches of 8 pixels, .* images of 20; use train.img_size=16"):
         describe_student(student(), 20)
@@ -51,6 +87,11 @@ def test_images_that_patches_do_not_divide_are_refused_with_a_size_that_works() 
 def test_the_image_size_has_one_place() -> None:
     with pytest.raises(ConfigError, match=r"student.args.img_size: .* train.img_size; remove this one"):
         describe_student(student(args={**TINY, "img_size": 32}), 32)
+
+
+def test_stochastic_depth_has_one_place() -> None:
+    with pytest.raises(ConfigError, match=r"student.args.drop_path_rate: .* student.drop_path; remove this one"):
+        describe_student(student(args={**TINY, "drop_path_rate": 0.1}), 32)
 
 
 def test_stochastic_depth_that_a_model_has_no_place_for_is_refused() -> None:
@@ -117,6 +158,24 @@ def test_stochastic_depth_grows_over_the_blocks() -> None:
     assert all(isinstance(path, DropPath) for pair in rates for path in pair)
     assert [pair[1].rate for pair in rates] == pytest.approx([0.0, 0.1, 0.2])
     assert not any(isinstance(m, DropPath) for m in build_student(student(), 16, 0, "")[0].modules())
+
+
+WINDOWS = {"depths": (1, 1), "num_heads": (2, 3), "embed_dim": 6, "window_size": 2, "patch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [("swinv2_base_window8_256", WINDOWS, 16), (SWIN, WINDOWS, 16),
+     ("fasternet_t1", {}, 64), (VIT, TINY, 16), ("repvit_m1", {}, 32)],
+)  # fmt: skip
+def test_no_stochastic_depth_is_none_whatever_timm_does_by_itself(name: str, args: dict[str, Any], size: int) -> None:
+    model, _ = build_student(Student(name, args), size, 0, ".")
+    assert not [m for m in model.modules() if getattr(m, "drop_prob", 0) or getattr(m, "rate", 0)]
+
+
+def test_the_rate_of_a_student_of_windows_is_the_recipe_s() -> None:
+    model, _ = build_student(Student("swinv2_base_window8_256", WINDOWS, drop_path=0.3), 16, 0, ".")
+    assert max(getattr(m, "drop_prob", 0) for m in model.modules()) == pytest.approx(0.3)
 
 
 def test_stochastic_depth_of_other_networks_is_timm_s_own() -> None:

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import cli, launchers
 from jobs.errors import JobError, NotReady, UserError
 from jobs.ray import api, kube
+from jobs.ray.command import tagged
 from jobs.ray.kube import Kube
+from jobs.ray.manifest import job_name
+from jobs.record import Run, State
 from jobs.spec import REPOSITORY
 from tests.jobs.ray.test_events import ANSWERS, CLUSTER, HEAD, NAME, WORKER
 from tests.kube_server import KubeServer, Refusal
@@ -293,6 +297,60 @@ def test_contexts_are_chosen_by_name(server: KubeServer, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"kubernetes.context: there is no context 'plan' .*did you mean plain\?"):
         Kube(context="plan").check()
     assert Kube(context="plan").look(NAME).alive is None, "a run of a cluster that this machine does not know"
+
+
+@pytest.mark.parametrize(
+    ("at", "job"),
+    [("kubernetes:prod/ml", ""), ("kubernetes:toy/kube-system", ""), ("kubernetes:a/b/prod/ml", ""),
+     ("kubernetes:", "somebody-s-job"), ("kubernetes:/ml", "{own}-0001/../x"), ("kubernetes:", "{own}-1"),
+     ("kubernetes:", None)],
+)  # fmt: skip
+def test_a_record_leads_to_no_other_context_namespace_or_job(
+    server: KubeServer, new_run: Callable[..., Run], root: str, at: str, job: str | None
+) -> None:
+    content = yaml.safe_load(server.kubeconfig.read_text())
+    [toy] = content["contexts"]
+    server.kubeconfig.write_text(yaml.safe_dump({**content, "contexts": [toy, {**toy, "name": "prod"}]}))
+    server.namespaces.add("kube-system")
+    run = new_run(recipe="name: demo\n")
+    own = tagged(run.id, root)
+    name = job.format(own=own) if job else job_name(own, 1) if job == "" else job
+    run.move(State.QUEUED, 1, launcher="ray", at=at, job=name)
+    look = run.look(run.last())
+    assert look.alive is None
+    assert "nobody was asked" in look.text
+    for words in (["status"], ["status", run.id], ["logs", run.id], ["cancel", run.id], ["cancel", run.id]):
+        assert cli.main([*words, "--store", root]) == 0
+    assert server.seen == []
+
+
+def test_a_record_of_the_context_and_namespace_in_use_leads_there(
+    server: KubeServer, new_run: Callable[..., Run], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ml.yaml").write_text("image: a/b\nkubernetes: {namespace: ml}\n")
+    monkeypatch.setenv("RETORT_CLUSTER", f"{tmp_path}/ml.yaml")
+    [toy] = yaml.safe_load(server.kubeconfig.read_text())["contexts"]
+    run = new_run()
+    for at in (f"kubernetes:{toy['name']}/ml", f"kubernetes:{toy['name']}/", "kubernetes:/"):
+        own = tagged(run.id, root)
+        info = {"launcher": "ray", "at": at, "job": job_name(own, 3)}
+        launcher = launchers.of(info)
+        assert launcher.look(run, info).text == f"RayJob {job_name(own, 3)} is not in namespace ml any more"
+    assert server.seen
+
+
+def test_the_cluster_file_says_where_to_look(
+    server: KubeServer, new_run: Callable[..., Run], root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.namespaces.add("own")
+    (tmp_path / "own.yaml").write_text("image: a/b\nkubernetes: {namespace: own}\n")
+    run = new_run(recipe="name: demo\n")
+    [toy] = yaml.safe_load(server.kubeconfig.read_text())["contexts"]
+    run.move(State.QUEUED, 1, launcher="ray", at=f"kubernetes:{toy['name']}/own", job=job_name(tagged(run.id, root), 1))
+    assert cli.main(["status", run.id, "--store", root]) == 0
+    assert "nobody was asked; CLUSTER=..." in capsys.readouterr().out
+    assert cli.main(["status", run.id, "--store", root, "--cluster", f"{tmp_path}/own.yaml"]) == 0
+    assert "is not in namespace own any more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["clusters: [", "[]", "contexts: [{name: a}]", "contexts: 3"])

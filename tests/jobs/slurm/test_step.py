@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,10 @@ def test_a_killed_rank_explains_the_others_and_the_job_starts_again(run: Run, tm
     assert ended(run, tmp_path, said, 137) == 75
     failed = run.transitions()[-2]
     assert (failed.state, failed.info["rank"]) == (State.FAILED, 1)
-    assert failed.info["reason"] == "rank 1: killed by SIGKILL (out of memory?)\nlast words"
+    told = failed.info["reason"].splitlines()
+    assert told[:2] == ["rank 1: killed by SIGKILL (out of memory?)", "last words"]
+    assert re.match("-> if `dmesg` on its node says so: lower train.micro_batch, .*mem_gb", told[2])
+    assert len(told) == 3
     assert run.store.get("logs/attempt-0001/rank-0001.log") == b"last words\n"
 
 
