@@ -16,7 +16,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
-from core import machine
+from core import machine, numerics
 from core.limits import check_value
 from core.merge import ConfigError as ConfigError
 from core.merge import Overlay, TooLarge, flatten, load_yaml, merge, nested, parse, read, to_object, without
@@ -60,7 +60,8 @@ def load(name: str, profile: str = "", dotlist: list[str] | None = None) -> Reci
                 merge(OmegaConf.structured(PARTS[part]), PARTS[part], layer.below(where, where, values[part]))
     recipe = cast(Recipe, to_object(config))
     teachers = {key: known.fill(teacher) for key, teacher in recipe.teachers.items()}
-    recipe = dataclasses.replace(recipe, student=known.fill(recipe.student), teachers=teachers)
+    student = known.fill(recipe.student)
+    recipe = dataclasses.replace(recipe, student=student, teachers=teachers, numerics=numerics.CURRENT)
     check(recipe)
     return recipe
 
@@ -69,6 +70,10 @@ def check(recipe: Recipe) -> None:
     """Everything that can be judged from the recipe alone.  Raises ConfigError."""
     if recipe.schema != SCHEMA:
         raise ConfigError(f"schema: this Retort reads recipes of schema {SCHEMA}, not {recipe.schema}")
+    if not 0 <= recipe.numerics <= numerics.CURRENT:
+        raise ConfigError(
+            f"numerics: {recipe.numerics} was written by a newer Retort; this one knows {numerics.CURRENT} changes"
+        )
     if not recipe.method.name:
         raise ConfigError("method.name: not set; a recipe names its method, for example `method: {name: unic}`")
     if not re.fullmatch("[a-z0-9][a-z0-9-]*", recipe.name):
@@ -132,7 +137,9 @@ def from_yaml(text: str, file: str = "recipe.yaml") -> Recipe:
 
 def fingerprint(recipe: Recipe) -> str:
     """Hex digest of all that the result depends on: not world size, ZeRO stage, launcher, store, logging."""
-    identity = without(to_dict(recipe), *NOT_IDENTITY, "train", "stages")
+    identity = without(to_dict(recipe), *NOT_IDENTITY, "train", "stages", "numerics")
+    if changes := numerics.made_before(recipe):
+        identity["numerics"] = changes
     # As a list, because the order of stages matters; resolved, because where a setting is written does not.
     identity["stages"] = [
         [name, *(dataclasses.asdict(x) for x in (recipe.stage(name), *(getattr(recipe.at(name), p) for p in PARTS)))]

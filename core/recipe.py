@@ -92,6 +92,11 @@ class Train:
     explode: float = 20.0  # a loss of so many times its running mean is bad, as one that is not finite; 0 = off
     rewinds: int = 0  # times that a run may go back to its last good checkpoint and leave bad steps' samples out
 
+    @property
+    def lr_factor(self) -> float:
+        """What learning rates are multiplied by for the size of the batch."""
+        return self.batch / self.lr_batch if self.lr_batch else 1.0
+
 
 @dataclass
 class Zero:
@@ -155,6 +160,7 @@ class Evaluate:
 @dataclass
 class Recipe:
     schema: int = SCHEMA
+    numerics: int = 0  # changes of core.numerics that it was resolved after; not set by hand
     name: str = ""
     about: About = field(default_factory=About)
     seed: int = 22

@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from core import commits
+from core import commits, numerics
 from core.attempt import Attempt
 from core.attempt import Outcome as Outcome
 from core.checkpoint import Reader, newest
@@ -33,8 +33,10 @@ def train(
 
     run: the run's folder in the store.  on_progress: called with every logged row (rank 0 only).  should_stop: this
     rank's wish to stop; all ranks then save at the same step and leave.
-    Raises BadLossError and DataError (too many broken images) on all ranks alike, and what `build` raises.
+    Raises ConfigError (begun before a change of core.numerics), BadLossError and DataError (too many broken images) on
+    all ranks alike, and what `build` raises.
     """
+    numerics.require_none_since(recipe)
     comm, skip = Comm(pick_device(recipe.launch.device)), None
     while True:
         try:

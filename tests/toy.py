@@ -11,6 +11,7 @@ from PIL import Image
 
 from core.config import from_yaml, to_yaml
 from core.data.shards import write_shards
+from core.numerics import CURRENT
 from core.recipe import Recipe
 from core.registry import complete
 from core.storage import open_store
@@ -36,6 +37,7 @@ log: {every_steps: 1, tensorboard: false}
 def recipe(**groups: dict[str, object]) -> Recipe:
     """The toy recipe with fields replaced: recipe(zero={"stage": 3}, train={"steps": 4})."""
     found = from_yaml(RECIPE)
+    found.numerics = CURRENT
     for group, values in groups.items():
         for key, value in values.items():
             setattr(getattr(found, group), key, value)

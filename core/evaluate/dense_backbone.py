@@ -144,8 +144,7 @@ class DenseBackbone(nn.Module):
         keep factors of 1.  Raises ValueError for weights that are missing beside the tables of relative positions.
         """
         given = to_dense(state)
-        if old_grid != self.grid:
-            given["pos_embed"] = resize_pos_embed(given["pos_embed"], old_grid, self.grid, 1, offset=None)
+        given["pos_embed"] = resize_pos_embed(given["pos_embed"], old_grid, self.grid, 1, offset=None)
         result = self.load_state_dict(given, strict=False)
         lost = [key for key in result.missing_keys if "relative_position" not in key and ".gamma_" not in key]
         odd = [key for key in result.unexpected_keys if key not in ("mask_token", "norm.weight", "norm.bias")]

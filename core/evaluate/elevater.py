@@ -133,7 +133,7 @@ def _error(logits_BC: Tensor, wanted_BC: Tensor, multilabel: bool) -> Tensor:
 class Search:
     lr: float
     weight_decay: float
-    trials: list[tuple[float, float, float]]  # (lr, weight decay, score) in the order tried
+    trials: list[tuple[float, float, float]]  # (lr, weight decay, score) in the order tried; NaN where it failed
 
 
 def search(
@@ -146,8 +146,19 @@ def search(
 
     Every 16th decay is tried, then the two neighbours at 8, 4, 2 and 1 steps of the best so far; only a strictly better
     score wins, and none does that is not above 0.  `left_only` repeats a fault of another release, which tries the left
-    neighbour's decay twice and books the second trial for the right one.
+    neighbour's decay twice and books the second trial for the right one.  A trial that raises, or whose score is NaN,
+    counts as nothing.  Raises what the last trial raised when none has a score.
     """
+    failure: Exception | None = None
+
+    def scored(lr: float, decay: float) -> float:
+        nonlocal failure
+        try:
+            return float(score(lr, decay))
+        except Exception as error:  # of whatever kind: a rate that is too high ends in overflow, NaN or no solution
+            failure = error
+            return math.nan
+
     decays = np.logspace(*log_range, DECAYS).tolist()
     trials: list[tuple[float, float, float]] = []
     winner, top = (0.0, 0.0), 0.0
@@ -156,7 +167,7 @@ def search(
 
         def attempt(candidate: int, tried: int, lr: float = lr) -> None:
             nonlocal place, peak
-            trials.append((lr, decays[tried], score(lr, decays[tried])))
+            trials.append((lr, decays[tried], scored(lr, decays[tried])))
             if trials[-1][2] > peak:
                 place, peak = candidate, trials[-1][2]
 
@@ -168,6 +179,8 @@ def search(
                 attempt(candidate, left if left_only else candidate)
         if peak > top:
             winner, top = (lr, decays[place]), peak
+    if failure is not None and all(math.isnan(value) for _, _, value in trials):
+        raise failure
     return Search(*winner, trials)
 
 

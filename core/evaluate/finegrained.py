@@ -114,12 +114,12 @@ def mean_average_precision(labels_NC: Tensor, scores_NC: Tensor) -> float:
 
 
 METRICS: dict[str, Score] = {
-    "accuracy": accuracy, "mean per-class accuracy": mean_per_class, "mean AP": mean_average_precision,
+    "accuracy": accuracy, "mean-class-accuracy": mean_per_class, "mean AP": mean_average_precision,
 }  # fmt: skip
 DATASETS = {
     "cars": "accuracy", "cifar10": "accuracy", "cifar100": "accuracy", "dtd": "accuracy", "food": "accuracy",
-    "sun397": "accuracy", "cub": "accuracy", "aircraft": "mean per-class accuracy",
-    "caltech101": "mean per-class accuracy", "flowers": "mean per-class accuracy", "pets": "mean per-class accuracy",
+    "sun397": "accuracy", "cub": "accuracy", "aircraft": "mean-class-accuracy",
+    "caltech101": "mean-class-accuracy", "flowers": "mean-class-accuracy", "pets": "mean-class-accuracy",
     "voc2007": "mean AP",
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ def feature_maps(model: torch.nn.Module, images: Tensor, count: int) -> list[Ten
     vit = as_vit(model)
     height, width = (side // patch for side, patch in zip(images.shape[-2:], vit.patch_embed.patch_size, strict=True))
     layers = last_layers(model, images, count)
-    return [x[:, vit.num_prefix_tokens :].mT.unflatten(2, (height, width)) for x in layers]
+    return [x[:, vit.num_prefix_tokens :].mT.reshape(len(x), -1, height, width) for x in layers]
 
 
 def class_features(model: torch.nn.Module, images: Tensor, count: int, patch_mean: bool = False) -> Tensor:

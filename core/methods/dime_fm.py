@@ -150,8 +150,7 @@ class DimeFm(Method):
         return groups(module, self.settings.weight_decay)
 
     def schedules(self, step: int) -> dict[str, float]:
-        s = self.settings
-        scale = s.batch / s.lr_batch if s.lr_batch else 1.0
+        s, scale = self.settings, self.settings.lr_factor
         lr = unshifted_cosine(late_step(step), base=s.lr * scale, final=s.min_lr * scale, steps=self.steps,
                               start=self.options.warmup_lr * scale, warmup=min(s.warmup_steps, self.steps))  # fmt: skip
         return {"lr": lr}

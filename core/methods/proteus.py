@@ -79,6 +79,7 @@ def proteus_loss(
     a term of weight 0 is left out, and so is L_patch in a micro-batch without masks.
 
     student, targets: teacher -> {token, feature, patch}, those kinds that a term of other weight than 0 needs.
+    The report has each term times its lambda, as the release logs it; of weight 0 it is 0.
     """
     report: Report = {}
     total = []
@@ -91,8 +92,10 @@ def proteus_loss(
         if lambdas[2]:
             terms["patch"] = error["patch"].mean() if error["patch"].numel() else error["patch"].sum()
         weights = dict(zip(("token", "feature", "patch"), lambdas, strict=True))
-        total.append(torch.stack([weights[kind] * term for kind, term in terms.items() if weights[kind]]).sum())
-        report |= {f"loss/{kind}_{teacher}": term.detach() for kind, term in terms.items()}
+        terms = {kind: weights[kind] * term for kind, term in terms.items() if weights[kind]}
+        total.append(torch.stack([*terms.values()]).sum())
+        absent = total[-1].new_zeros(())
+        report |= {f"loss/{kind}_{teacher}": terms.get(kind, absent).detach() for kind in weights}
     loss = torch.stack(total).mean()
     return loss, report | {"loss/dist": loss.detach()}
 
@@ -219,12 +222,12 @@ class Proteus(Method):
 
     def schedules(self, step: int) -> dict[str, float]:
         s, o = self.settings, self.options
-        base = s.lr * (s.batch / s.lr_batch if s.lr_batch else 1.0)
         warmup: float = min(s.warmup_steps, self.steps)
         at, length = step, self.steps
         if o.schedule == "epoch":
             at, length, warmup = late_epoch(step * s.epochs // length), s.epochs, warmup * s.epochs / length
-        lr = unshifted_cosine(at, base=base, final=s.min_lr, start=o.warmup_lr, steps=length, warmup=warmup)
+        base, start = s.lr * s.lr_factor, o.warmup_lr
+        lr = unshifted_cosine(at, base=base, final=s.min_lr, start=start, steps=length, warmup=warmup)
         return {"lr": lr}
 
     def export(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -188,10 +188,9 @@ class Unic(Method):
     def schedules(self, step: int) -> dict[str, float]:
         s = self.settings
         start, end = self.options.momentum
-        scale = s.batch / s.lr_batch if s.lr_batch else 1.0
         warmup = min(s.warmup_steps, self.steps)
         return {
-            "lr": warmup_cosine(step, base=s.lr * scale, final=s.min_lr, steps=self.steps, warmup=warmup),
+            "lr": warmup_cosine(step, base=s.lr * s.lr_factor, final=s.min_lr, steps=self.steps, warmup=warmup),
             "tnorm_ema_momentum": warmup_cosine(step, base=start, final=end, steps=self.steps),
         }
 

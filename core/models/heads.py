@@ -123,7 +123,7 @@ class Ladder(nn.Module):
             stack = [projectors[name][i].first_weights() for name in self.teachers]
             x = F.layer_norm(x, (self.dim,), eps=LN_EPS) if self.prenorm else x
             h = F.linear(x, torch.cat([w for w, _ in stack]), torch.cat([b for _, b in stack]))
-            h = h.unflatten(-1, (len(self.teachers), -1))
+            h = h.view(*h.shape[:-1], len(self.teachers), -1)
             if self.midnorm:
                 norms = [projectors[name][i].between for name in self.teachers]
                 h = F.layer_norm(h, h.shape[-1:], eps=LN_EPS)

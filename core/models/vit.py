@@ -29,7 +29,7 @@ def resize_pos_embed(
     offset: float | None = RELEASED_OFFSET,
     antialias: bool = False,
 ) -> Tensor:
-    """Bicubic resampling of a position table to another grid, in float32 or wider; one of the same grid stays.
+    """Bicubic resampling of a position table to another grid, in float32 or wider; a table of that grid stays as it is.
 
     Args:
         table_1ND: (1, num_prefix + h*w, D); the first `num_prefix` rows belong to tokens without a place and stay.

@@ -25,7 +25,7 @@ def resume(settings: Settings) -> int:
         raise UserError(f"run {run.id} has succeeded, nothing is left to do; a new one: make submit RECIPE=... FRESH=1")
     if view.active:
         raise UserError(f"run {run.id} is still {view.shown}; stop it first: {steps(root, run.id, 'cancel')}")
-    recipe, changes = changed(run.recipe(), settings)
+    recipe, changes = changed(run.recipe(), settings, trains=True)
     for line in changes:
         say(f"changed: {line}")
     launcher = choose_launcher(settings, recipe)
@@ -36,20 +36,24 @@ def resume(settings: Settings) -> int:
     return launch(order(run, recipe, info, settings), launcher, placement, settings)
 
 
-def changed(old: Recipe, settings: Settings) -> tuple[Recipe, list[str]]:
+def changed(old: Recipe, settings: Settings, trains: bool = False) -> tuple[Recipe, list[str]]:
     """The run's recipe with RECIPE, SET and NPROC applied, and what differs, a line each.
 
+    trains: it is to be trained on, so that changes of Retort itself count as well.
     Raises UserError when that changes what the run computes and FORCE is not given.
     """
+    from core import numerics
     from core.config import fingerprint
 
     new = _resolved(old, settings)
+    new.numerics = numerics.CURRENT if trains else old.numerics
     if settings.nproc:
         new.launch.ranks = settings.nproc
     if fingerprint(new) == fingerprint(old):
         new.checkpoint.accept = old.checkpoint.accept
         return new, differences(old, new)
-    lines = differences(old, new)
+    of_retort = [f"Retort since {line}" for line in numerics.made_since(old)] if trains else []
+    lines = [*differences(old, new), *of_retort]
     if not settings.force:
         raise UserError(
             "\n  ".join(["this changes what the run computes, so it would be another run:", *lines])
@@ -67,7 +71,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
     return [f"{key}: {before.get(key, 'not set')!s} -> {after.get(key, 'not set')!s}"
-            for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]  # fmt: skip
+            for key in sorted((before.keys() | after.keys()) - {"numerics"})
+            if before.get(key) != after.get(key)]  # fmt: skip
 
 
 def with_overrides(recipe: Recipe, settings: Settings) -> Recipe:

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 
 from core.data.features import TsvFeatures, place_of_texts
-from core.data.pillow import NORMS, crop_pil, eval_pil, resize_pil, standardised
+from core.data.pillow import crop_pil, eval_pil, resize_pil, standardised
 from core.data.seeded import seeded_boxes, seeded_crop
 from core.data.sentences import CorruptText, candidates, sentence
 from core.data.source import DataError
 from core.data.tsv import ROLES, Table, format_index, open_tables, route, row_offsets
 from core.data.tsv_source import open_tsv_source
 from core.folder import FileStore
+from tests.golden.networks import norm_of
 from tests.golden.runner import Case, Check
 
 Checks = Iterator[Check]
-SHORT, SIDE, OFTEN = 256, 224, 2000
+OFTEN = 2000  # draws of a sentence, so that all candidates come up
 INDEX = re.compile("idx|index|offset")  # in the name of an array that is one
 
 
@@ -32,27 +33,22 @@ def crop_boxes(case: Case) -> Checks:
     yield "boxes", boxes, case["boxes"], 0.0
 
 
-def _norm(case: Case) -> str:
-    """The product's name of a case's mean and deviation."""
-    wanted = [*case["mean"], *case["std"]]
-    return next(name for name, (mean, std) in NORMS.items() if np.allclose([*mean, *std], wanted, atol=1e-9))
-
-
 def _numbers(case: Case, prefix: str) -> list[str]:
     return [key.removeprefix(prefix) for key in case if key.startswith(prefix)]
 
 
 def transform_train(case: Case) -> Checks:
-    norm = _norm(case)
+    norm = norm_of(case)
     for k in _numbers(case, "image_"):
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
-        short = resize_pil(image, [SHORT])
+        short = resize_pil(image, [int(case[f"resized_size_{k}"].min())])
         yield f"resized_size_{k}", short.shape[:0:-1], case[f"resized_size_{k}"], 0.0
         if "torch_seed_of_image" in case:
             box, flip = seeded_crop(int(case["torch_seed_of_image"][int(k)]), (short.shape[1], short.shape[2]))
             yield f"crop_top_left_h_w_{k}", box, case[f"crop_top_left_h_w_{k}"], 0.0
             yield f"flip_{k}", flip, bool(case[f"flip_{k}"]), 0.0
-        crop = crop_pil(short, case[f"crop_top_left_h_w_{k}"], bool(case[f"flip_{k}"]), SIDE)
+        side = 2 * len(case[f"out_uint8_stride2_{k}"])
+        crop = crop_pil(short, case[f"crop_top_left_h_w_{k}"], bool(case[f"flip_{k}"]), side)
         yield from _pixels(f"out_uint8_stride2_{k}", crop.permute(1, 2, 0)[::2, ::2], case, 1)
         out = standardised(crop, norm)
         yield f"out_norm_stride16_{k}", out[:, ::16, ::16], case[f"out_norm_stride16_{k}"], 0.02
@@ -68,12 +64,13 @@ def _pixels(name: str, got: Any, case: Case, levels: int) -> Checks:
 
 
 def eval_transform(case: Case) -> Checks:
-    norm = _norm(case)
+    norm = norm_of(case)
     for k in _numbers(case, "image_"):
         image = torch.from_numpy(case[f"image_{k}"]).permute(2, 0, 1)
+        side = int(case[f"center_shape_{k}"][-1])
         found = {
-            "center": eval_pil(image, SIDE, SIDE, "bicubic", norm),
-            "squash": standardised(resize_pil(image, [SIDE, SIDE]), norm),
+            "center": eval_pil(image, side, side, "bicubic", norm),
+            "squash": standardised(resize_pil(image, [side, side]), norm),
         }
         for name, out in found.items():
             yield f"{name}_stride8_{k}", out[:, ::8, ::8], case[f"{name}_stride8_{k}"], 0.02
@@ -150,7 +147,7 @@ def tsv(case: Case) -> Checks:
 def tsv_route(case: Case) -> Checks:
     found = route(case["files"], case["dataroot"])
     for role, paths in case["expected"].items():
-        yield role, found[role], paths, 0.0
+        yield f"expected.{role}", found[role], paths, 0.0
 
 
 def text_decode(case: Case) -> Checks:

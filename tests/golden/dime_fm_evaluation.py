@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from core.data.sentences import templates
 from core.evaluate import elevater, zeroshot
 from core.evaluate.metrics import accuracy, eleven_points, mean_per_class, metric, roc_auc
 from core.models.students import create
+from tests.golden.formula import evaluate
 from tests.golden.networks import tensor
 from tests.golden.runner import Case, Check
 
@@ -20,7 +20,7 @@ Checks = Iterator[Check]
 
 def metrics(case: Case) -> Checks:
     labels, scores, tolerance = case["labels"], case["scores"], 1e-12
-    if not np.isnan(case["acc"]):  # the toolkit gives no accuracy where a class has no sample
+    if not np.isnan(case["acc"]):
         yield "acc", accuracy(labels, scores), case["acc"], tolerance
     yield "mean_per_class", mean_per_class(labels, scores), case["mean_per_class"], tolerance
     yield "map11", eleven_points(case["multilabel"], scores), case["map11"], tolerance
@@ -34,15 +34,22 @@ def zero_shot(case: Case) -> Checks:
     yield "probabilities", found, case["probabilities"], 2e-4
     labels = case["labels"].squeeze(-1) if case["labels"].shape[-1] == 1 else case["labels"]
     yield "score", metric(str(case["metric"]))(labels, found.numpy()), case["score"], 2e-4
-    # The names and templates are not recorded: take the name out of each first prompt, and give it a synonym.
     firsts = [str(prompt) for prompt in case["first_prompts"]]
-    head = os.path.commonprefix(firsts)
-    tail = os.path.commonprefix([prompt[len(head) :][::-1] for prompt in firsts])[::-1]
-    templates = [f"{head}{{}}{tail}"] + ["{}."] * (case["text_embeddings"].shape[1] - 1)
-    names = [prompt[len(head) : len(prompt) - len(tail)] for prompt in firsts]
-    made = [zeroshot.prompts([name, "another name"], templates) for name in names]
-    yield "first_prompts", [prompts[0] for prompts in made], firsts, 0.0
+    own, names = _template(firsts)
+    more = [template for template in templates() if template != own]
+    made = [zeroshot.prompts([name, "another name"], [own, *more][: case["text_embeddings"].shape[1]])
+            for name in names]  # fmt: skip
+    yield "first_prompts", [prompts[0] for prompts in made], case["first_prompts"], 0.0
     yield "n_prompts", [len(prompts) for prompts in made], case["n_prompts"], 0.0
+
+
+def _template(prompts: list[str]) -> tuple[str, list[str]]:
+    """The product's own template that all prompts are made with, and the class names in them: neither is recorded."""
+    for template in templates():
+        head, tail = template.split("{}")
+        if all(prompt.startswith(head) and prompt.endswith(tail) for prompt in prompts):
+            return template, [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
+    raise ValueError(f"no template of the product makes {prompts}")
 
 
 def probe_split(case: Case) -> Checks:
@@ -70,15 +77,17 @@ def probe_train(case: Case) -> Checks:
 
 
 def probe_search(case: Case) -> Checks:
-    def score(lr: float, decay: float) -> float:
-        scope = vars(math) | {"lr": lr, "wd": decay, "abs": abs, "min": min, "max": max}
-        return float(eval(str(case["score_formula"]).replace("^", "**"), {"__builtins__": {}}, scope))
+    """Every trial in order, of the case's own learning rates where these are not the toolkit's."""
 
-    visited = case["visited_lr_wd_score"]
-    rates = sorted(set(visited[:, 0].tolist()))
-    low, high = (float(edge) for edge in case["wd_log_range"])
-    found = elevater.search(score, log_range=(low, high), left_only=bool(case["use_left_only"]))
-    yield "learning rates", sorted({lr for lr, _, _ in found.trials}), rates, 1e-9
+    def score(lr: float, decay: float) -> float:
+        return evaluate(formula, {"lr": lr, "wd": decay})
+
+    visited, formula = case["visited_lr_wd_score"], str(case["score_formula"])
+    rates = [*dict.fromkeys(visited[:, 0].tolist())]
+    own = elevater.LEARNING_RATES
+    usual = len(rates) == len(own) and np.allclose(rates, own, rtol=1e-9, atol=0)
+    edges = float(case["wd_log_range"][0]), float(case["wd_log_range"][1])
+    found = elevater.search(score, own if usual else rates, edges, bool(case["use_left_only"]))
     yield "visited", np.log(np.array(found.trials)[:, :2]), np.log(visited[:, :2]), 1e-9
     yield "scores", [trial[2] for trial in found.trials], visited[:, 2], 1e-9
     yield "best_lr_wd", np.log([found.lr, found.weight_decay]), np.log(case["best_lr_wd"]), 1e-9

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from core.data.pillow import NORMS
 from core.models.weights import load_strict, to_timm
 from tests.golden.runner import Case
 
@@ -18,6 +19,12 @@ def tensor(array: np.ndarray) -> Tensor:
     """Floats as float64, whatever they are stored as; integers as they are."""
     out = torch.from_numpy(np.array(array))
     return out.double() if out.is_floating_point() else out
+
+
+def norm_of(case: Case) -> str:
+    """The product's name of a case's mean and deviation of pixels."""
+    wanted = [*case["mean"], *case["std"]]
+    return next(name for name, (mean, std) in NORMS.items() if np.allclose([*mean, *std], wanted, atol=1e-9))
 
 
 def vit_from(

@@ -16,8 +16,9 @@ from core.evaluate.dpt import DptHead
 from core.evaluate.knn import knn as weighted_knn
 from core.evaluate.knn import knn_votes
 from core.evaluate.probe_grid import ProbeGrid
+from core.evaluate.upernet import ScaleNeck, UperHead
 from core.schedules import warmup_linear
-from tests.golden.networks import tensor
+from tests.golden.networks import norm_of, tensor
 from tests.golden.runner import Case, Check, Unit
 from tests.golden.scale import relative
 
@@ -63,9 +64,9 @@ def linear_probe(case: Case) -> Checks:
 
 
 def eval_transform(case: Case) -> Checks:
-    image = torch.from_numpy(case["image"]).permute(2, 0, 1)
-    yield "out", eval_pil(image, int(case["crop"]), int(case["resize"])), case["out"], 1e-6
-    for key, values in zip(("mean", "std"), NORMS["imagenet"], strict=True):
+    image, norm = torch.from_numpy(case["image"]).permute(2, 0, 1), norm_of(case)
+    yield "out", eval_pil(image, int(case["crop"]), int(case["resize"]), norm=norm), case["out"], 1e-6
+    for key, values in zip(("mean", "std"), NORMS[norm], strict=True):
         yield key, values, case[key], 1e-12
 
 
@@ -109,7 +110,8 @@ def accuracy_search(case: Case) -> Checks:
 def _samples(labels: np.ndarray, metric: str) -> int:
     """Over how many samples a score is a mean: averaged by class, a sample of the smallest class weighs most."""
     counts = np.unique(labels, return_counts=True)[1]
-    return int(len(counts) * counts.min() if "per-class" in metric else len(labels))
+    by_class = finegrained.METRICS[metric] is finegrained.mean_per_class
+    return int(len(counts) * counts.min() if by_class else len(labels))
 
 
 def voc_map(case: Case) -> Checks:
@@ -143,8 +145,29 @@ def dense_backbone(case: Case) -> Checks:
     yield "unexpected", sorted(loaded.unexpected), sorted(case["unexpected"]), 0.0
     yield relative("pos_embed_resized", model.pos_embed, case["pos_embed_resized"], 2e-6)
     with torch.no_grad():
+        for i, table in case.below("rel_table_").items():
+            model.layers[int(i)].attn.relative_position_bias_table.copy_(tensor(table))
         for i, maps in enumerate(model(tensor(case["x"]))):
             yield relative(f"out_{i}", maps.patch, case[f"out_{i}"], 2e-6)
+            if f"out_cls_{i}" in case:
+                yield relative(f"out_cls_{i}", maps.cls, case[f"out_cls_{i}"], 2e-6)
+
+
+def upernet_head(case: Case) -> Checks:
+    """Neck and head in evaluation mode, strictly with the recorded names."""
+    states = {part: {name: tensor(array) for name, array in case.below(f"{part}/").items()}
+              for part in ("neck", "head")}  # fmt: skip
+    features = [tensor(case[f"feat_{i}"]) for i in range(sum(key.startswith("feat_") for key in case))]
+    classes, width = states["head"]["conv_seg.weight"].shape[:2]
+    dims = [x.shape[1] for x in features]
+    parts = {"neck": ScaleNeck(dims[0]), "head": UperHead(dims, width, classes)}
+    for name, part in parts.items():
+        part.double().eval().load_state_dict(states[name], strict=True)
+    with torch.no_grad():
+        maps = parts["neck"](features)
+        for i, each in enumerate(maps):
+            yield relative(f"neck_out_{i}", each, case[f"neck_out_{i}"], 1e-6)
+        yield relative("out", parts["head"](maps), case["out"], 1e-6)
 
 
 def dense_lr_schedule(case: Case) -> Checks:
@@ -190,8 +213,7 @@ def slide(case: Case) -> Checks:
 
 
 def dpt_head(case: Case) -> Checks:
-    state = {name: torch.from_numpy(np.array(array)) for name, array in case.below("p/").items()}
-    state = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}
+    state = {name: tensor(array) for name, array in case.below("p/").items()}
     count = sum(key.startswith("feat_") for key in case)
     widths = [state[f"reassemble_blocks.projects.{i}.conv.weight"].shape[0] for i in range(count)]
     out, width = state["conv_seg.weight"].shape[:2]
@@ -233,6 +255,7 @@ UNITS: dict[str, Unit] = {
     "finegrained_split": split_transform,
     "finegrained_voc": voc_map,
     "dense_backbone": dense_backbone,
+    "upernet": upernet_head,
     "dense_lr": dense_lr_schedule,
     "seg_layer_decay": seg_layer_decay,
     "slide": slide,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from core.data.masks import place_masks
@@ -15,18 +16,19 @@ from core.methods.proteus import Proteus, ProteusOptions, mask_tensors
 from core.models.adapters import MaskedStudent
 from core.models.weights import to_timm
 from core.recipe import Train
-from tests.golden.towers import info_of, layout_of, tower
+from tests.golden.networks import tensor
+from tests.golden.runner import Check
+from tests.golden.towers import gated, info_of, layout_of, tower
 
 HEADS = {"token": "token_head", "feature": "fea_head", "patch": "patch_head"}
 TEACHER = "teacher"
 CLIP_PARTS = ("transformer.", "conv1.", "class_embedding", "positional_embedding", "ln_")  # also of a selection
-Arrays = dict[str, Any]
 
 
-def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
+def tensors(arrays: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """Arrays under a prefix as float64 tensors, without the prefix."""
-    return {key.removeprefix(prefix): torch.from_numpy(np.asarray(value, np.float64).copy())
-            for key, value in arrays.items() if key.startswith(prefix)}  # fmt: skip
+    return {key.removeprefix(prefix): torch.from_numpy(np.array(arrays[key], np.float64))
+            for key in arrays if key.startswith(prefix)}  # fmt: skip
 
 
 def in_product(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,6 +46,21 @@ def in_product(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def by_array(case: Mapping[str, Any], group: str, prefix: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """(array, name in the product, values) of recorded parameters.  prefix: of upstream's names that was left out."""
+    for key in (key for key in case if key.startswith(f"{group}/")):
+        for name, values in in_product({f"{prefix}{key.removeprefix(f'{group}/')}": tensor(case[key])}).items():
+            yield key, name, values
+
+
+def sizes(case: Mapping[str, Any], **towers: VisionTransformer) -> Iterator[Check]:
+    """What a case says of its towers beside their weights."""
+    for name, model in towers.items():
+        yield f"patch of the {name}", model.patch_embed.patch_size[0], int(case["patch"]), 0.0
+    stated = str(case["teacher_ffn"])
+    yield "teacher_ffn", "swiglu" if gated(towers[TEACHER]) else "mlp", stated[: len("swiglu")], 0.0
+
+
 def named_backbone(named: Mapping[str, Any]) -> dict[str, Any]:
     prefix = "student.backbone."
     out = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
@@ -51,15 +68,17 @@ def named_backbone(named: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_embedding": None} if clip else out
 
 
-def build(case: Mapping[str, Any], settings: Train, steps: int = 1, **options: Any) -> tuple[Proteus, MaskedStudent]:
+def build(
+    case: Mapping[str, Any], settings: Train, steps: int = 1, all_heads: bool = False, **options: Any
+) -> tuple[Proteus, MaskedStudent]:
     """Method and module of a case with `p/` arrays, `lambdas` and `student_heads`; recorded weights are loaded.
 
-    A head that is recorded is there, also when its loss has weight 0; the method's own weight is then 1.
+    all_heads: also those whose loss has weight 0, which the product leaves out; the method's own weight is then 1.
     """
-    params = tensors(dict(case), "p/")
+    params = tensors(case, "p/")
     student = tower({k.removeprefix("student.backbone."): v for k, v in params.items()
                      if k.startswith("student.backbone.")}, int(case["student_heads"]))  # fmt: skip
-    heads = [f"p/{head}.1.weight" in case for head in HEADS.values()]
+    heads = [all_heads and f"p/{head}.1.weight" in case for head in HEADS.values()]
     token, feature, patch = (float(w) or float(head) for w, head in zip(case["lambdas"], heads, strict=True))
     if any(key.startswith("p/student.backbone.transformer.") for key in case):
         options.setdefault("undecayed", ["cls_token"])  # a vector in CLIP's own layout
@@ -72,6 +91,8 @@ def build(case: Mapping[str, Any], settings: Train, steps: int = 1, **options: A
     given = in_product({k: v for k, v in params.items() if not k.startswith("teacher.")})
     if "patch" not in module.kinds:
         given.pop("mask_token", None)  # a parameter without gradient, which the product leaves out
+    unused = tuple(f"heads.{TEACHER}.{kind}." for kind in HEADS if kind not in module.kinds)
+    given = {name: value for name, value in given.items() if not name.startswith(unused)}
     module.load_state_dict(given, strict=True)
     return method, module
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from core.comm import Comm
 from core.ema import PREFIX, Average
@@ -15,30 +16,29 @@ from core.engine import Engine
 from core.methods.proteus import Proteus
 from core.plain import PlainEngine
 from core.recipe import Train
-from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
-from tests.golden.runner import Check
+from tests.golden.proteus_model import TEACHER, batch_of, build, by_array, sizes, tensors
+from tests.golden.recorded import left_out
+from tests.golden.runner import Case, Check
 from tests.golden.scale import relative
-from tests.golden.towers import features_of, layout_of, tower
+from tests.golden.towers import features_of, tower
 from tests.ranks import run_ranks
 
-Arrays = dict[str, Any]
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}  # of whole steps, from the folder's README
 
 
-def train_steps(case: Mapping[str, Any], stage: int | None = None, world: int = 1) -> Iterator[Check]:
+def train_steps(case: Case, stage: int | None = None, world: int = 1) -> Iterator[Check]:
     """stage: None for plain float64, else the ZeRO stage on `world` ranks."""
-    arrays = {key: case[key] for key in case}
     dtype = torch.float64 if stage is None else torch.float32
-    got = run_steps(arrays, None) if stage is None else run_ranks(run_steps, world, arrays, stage)[0]
+    got = run_steps(case, None) if stage is None else run_ranks(run_steps, world, case, stage)[0]
     tol = TOLERANCES[dtype]
-    start = in_product(tensors(arrays, "p/"))
-    yield relative("o/losses", got["losses"], arrays["o/losses"], tol)
+    student = build(case, Train())[1].student
+    yield from sizes(case, student=student, teacher=_teacher(case)) if stage is None else ()
+    yield relative("o/losses", got["losses"], case["o/losses"], tol)
     for group, prefix in (("w", ""), ("ema", "student.backbone.")):
-        recorded = {f"{prefix}{key}": value for key, value in tensors(arrays, f"{group}/").items()}
-        for name, want in in_product(recorded).items():
-            keep = slice(None) if stage is None else reproducible(name, want)
-            own = got[group].get(name, start[name])  # a mask token without masks has no gradient: the product has none
-            yield relative(f"{group}/{name}", own[keep], want[keep], tol)
+        for key, name, want in by_array(case, group, prefix):
+            if name in got[group] or not left_out("proteus", key, case):
+                keep = slice(None) if stage is None else reproducible(name, want)
+                yield relative(key, got[group][name][keep], want[keep], tol)
 
 
 def reproducible(name: str, value: Tensor) -> slice | list[int]:
@@ -48,7 +48,7 @@ def reproducible(name: str, value: Tensor) -> slice | list[int]:
     return [*range(third), *range(2 * third, len(value))] if name.endswith("attn.qkv.bias") else slice(None)
 
 
-def micro_batches(case: Arrays, count: int) -> list[list[list[int]]]:
+def micro_batches(case: Case, count: int) -> list[list[list[int]]]:
     """By step, rows of `count` micro-batches with equally many masked patches: their mean is the whole batch's loss."""
     out = []
     for step in range(int(case["nsteps"])):
@@ -60,24 +60,23 @@ def micro_batches(case: Arrays, count: int) -> list[list[list[int]]]:
     return out
 
 
-def run_steps(case: Arrays, stage: int | None) -> dict[str, Any]:
+def run_steps(case: Case, stage: int | None) -> dict[str, Any]:
     """One rank: all steps of the case at a ZeRO stage, or (None) in plain float64."""
     comm = Comm(torch.device("cpu"))
     method, engine = _engine(case, stage, comm)
     dtype = torch.float64 if stage is None else torch.float32
-    state = {k.removeprefix("teacher.backbone."): v for k, v in tensors(case, "p/").items()
-             if k.startswith("teacher.backbone.")}  # fmt: skip
-    teacher = tower(state, int(case["teacher_heads"])).to(dtype)
+    teacher = _teacher(case).to(dtype)
+    normed = not isinstance(teacher.norm_pre, nn.LayerNorm)  # as CLIP's tower hands its patches on
     average = Average(build(case, method.settings, method.steps)[1].to(dtype), engine, dtype)
     losses: list[Tensor] = []
     for step, parts in enumerate(micro_batches(case, comm.world)):
         batch = batch_of(case[f"images_{step}"], case[f"masks_{step}"], parts[comm.rank])
         batch.views["image"] = batch.views["image"].to(dtype)
-        features = {TEACHER: features_of(teacher, batch.views["image"], normed=layout_of(state) != "clip")}
+        features = {TEACHER: features_of(teacher, batch.views["image"], normed=normed)}
         loss, report = method.losses(engine.forward(batch), method.targets(features, batch), batch)
         engine.backward(loss)
         engine.step(_rate(float(case["lrs"][step])))
-        terms = [report.get(f"loss/{kind}_{TEACHER}", torch.zeros(())) for kind in ("patch", "token", "feature")]
+        terms = [report[f"loss/{kind}_{TEACHER}"] for kind in ("patch", "token", "feature")]
         losses.append(comm.mean(torch.stack([loss.detach().to(dtype), *(t.to(dtype) for t in terms)])))
         average.update(float(case["ema_decay"]))
     averaged = {name.removeprefix(PREFIX): value for name, value in average.state().items()}
@@ -86,11 +85,15 @@ def run_steps(case: Arrays, stage: int | None) -> dict[str, Any]:
     return {"losses": torch.stack(losses).numpy(), **arrays}
 
 
+def _teacher(case: Case) -> VisionTransformer:
+    return tower(tensors(case, "p/teacher.backbone."), int(case["teacher_heads"]))
+
+
 def _rate(lr: float) -> Any:
     return lambda scale: lr * scale
 
 
-def _engine(case: Arrays, stage: int | None, comm: Comm) -> tuple[Proteus, Engine | PlainEngine]:
+def _engine(case: Case, stage: int | None, comm: Comm) -> tuple[Proteus, Engine | PlainEngine]:
     count = len(case["images_0"])
     betas = tuple(float(b) for b in case["betas"])
     settings = Train(batch=count, micro_batch=count // comm.world, weight_decay=float(case["weight_decay"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["Case", "Check", "Result", "Unit", "deviation", "elsewhere", "find_ca
 Check = tuple[str, Any, Any, float]  # array, got, want, tolerance
 Unit = Callable[[Case], Iterable[Check]]
 # A tolerance below the first is one for results in float64; a result in a narrower type is held to the second.
+SHOWN = 5  # of the results that nothing is compared with
 NARROW = {"float32": (1e-6, 2e-5), "float16": (1e-3, 2e-3)}
 
 
@@ -87,12 +89,13 @@ def _not_compared(method: str, case: Case, checks: list[Check]) -> list[str]:
         return ["the unit compared nothing"]
     compared = set().union(*(_names(want) for _, _, want, _ in checks))
     names = [name for name, *_ in checks]
-    compared |= {key for key in case for name in names if name == key or name.startswith((f"{key} ", f"{key}."))}
+    compared |= {key for key in case for name in names if name == key or re.match(rf"{re.escape(key)}[ .,]", name)}
     results = {key for key in case if recorded.is_result(method, key)}
     if results and not results & compared:
         return ["none of the recorded results is compared"]
     forgotten = [key for key in case if key in results - compared and not recorded.left_out(method, key, case)]
-    return [f"{key} is recorded, but not compared" for key in forgotten]
+    more = [f"and {len(forgotten) - SHOWN} more"] if len(forgotten) > SHOWN else []
+    return [*(f"{key} is recorded, but not compared" for key in forgotten[:SHOWN]), *more]
 
 
 def _worst(method: str, checks: list[Check]) -> str:

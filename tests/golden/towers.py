@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import SwiGLUPacked
+from timm.layers import GluMlp, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from core.methods.base import Features, Info
-from core.models.vit import forward_taps
+from core.models.features import take
 from core.models.weights import load_strict, to_timm
 
 CLIP = {"norm_layer": nn.LayerNorm, "act_layer": "quick_gelu", "pre_norm": True}  # LayerNorm's eps is 1e-5
@@ -52,8 +52,12 @@ def info_of(model: VisionTransformer, name: str, img_size: int) -> Info:
                 img_size)  # fmt: skip
 
 
+def gated(model: VisionTransformer) -> bool:
+    """Whether its MLPs are SwiGLUs."""
+    return isinstance(model.blocks[0].mlp, GluMlp)
+
+
 @torch.no_grad()
 def features_of(model: VisionTransformer, images: Tensor, normed: bool = True) -> Features:
     """Class token after the final norm, patch tokens after it or before it."""
-    tokens = forward_taps(model.eval(), images)[-1]
-    return Features(model.norm(tokens)[:, 0], (model.norm(tokens) if normed else tokens)[:, model.num_prefix_tokens :])
+    return Features(take(model.eval(), images, "token")[0], take(model, images, "token", normed)[1])

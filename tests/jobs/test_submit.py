@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import fingerprint, from_yaml
+from core.config import fingerprint, from_yaml, to_yaml
+from core.numerics import CURRENT
 from core.storage import open_store
 from jobs import cli, spec
 from jobs.errors import UserError
@@ -257,6 +259,34 @@ def test_resume_names_every_difference_and_says_how_to_go_on_all_the_same(
     assert run.recipe().train.lr == 0.5
     assert run.recipe().checkpoint.accept == [print_before], "its checkpoints are taken up"
     assert "train.lr: 0.0003 -> 0.5" in run.handle(run.last())["changed"]
+
+
+def test_a_run_that_retort_now_computes_otherwise_goes_on_only_by_force(
+    command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("fail")
+    run = Run(root, run_of(command("submit", str(tiny_recipe), "--set", "train.warmup_epochs=1.5")[1]))
+    begun = dataclasses.replace(run.recipe(), numerics=0)
+    run.write_recipe(to_yaml(begun))
+    code, _, error = command("resume", run.id)
+    assert code == 2
+    assert "Retort since 2026-12-01: a warm-up of parts of an epoch is rounded down" in error
+    assert "FORCE=1" in error
+    ranks_do("ok")
+    assert command("resume", run.id, "--force")[0] == 0
+    assert run.recipe().numerics == CURRENT
+    assert run.recipe().checkpoint.accept == [fingerprint(begun)]
+
+
+def test_a_run_on_which_no_change_bears_goes_on_as_it_is(
+    command: Command, tiny_recipe: Path, root: str, ranks_do: Callable[[str], None]
+) -> None:
+    ranks_do("fail")
+    run = Run(root, run_of(command("submit", str(tiny_recipe))[1]))
+    run.write_recipe(to_yaml(dataclasses.replace(run.recipe(), numerics=0)))
+    ranks_do("ok")
+    code, out, _ = command("resume", run.id)
+    assert (code, "changed:" in out) == (0, False)
 
 
 def test_submit_does_not_undo_what_a_forced_resume_has_changed(

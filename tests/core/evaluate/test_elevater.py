@@ -60,6 +60,19 @@ def test_the_search_finds_the_best_of_a_smooth_score_and_keeps_to_the_edges() ->
     assert len(edge.trials) == 7 + 4
 
 
+def test_a_trial_that_fails_counts_as_nothing_and_is_recorded_as_nan() -> None:
+    def score(lr: float, decay: float) -> float:
+        if lr > 0.05:
+            raise RuntimeError("did not converge")
+        return float("nan") if decay > 10 else 50 - np.log10(decay) ** 2
+
+    found = elevater.search(score)
+    assert (found.lr, found.weight_decay) == (pytest.approx(1e-6), pytest.approx(1.0))
+    assert all(np.isnan(value) == (lr > 0.05 or decay > 10) for lr, decay, value in found.trials)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        elevater.search(score, learning_rates=(0.1,))
+
+
 def test_of_equal_scores_the_first_wins() -> None:
     assert elevater.search(lambda lr, decay: 1.0).lr == pytest.approx(1e-6)
 

@@ -122,7 +122,16 @@ def test_a_term_of_weight_zero_is_not_computed() -> None:
     tokens = {"t": {"token": torch.full((2, 3), 2.0)}}
     loss, report = proteus_loss(tokens, {"t": {"token": torch.zeros(2, 3)}}, (0.5, 0.0, 0.0))
     assert loss == 2
-    assert report.keys() == {"loss/token_t", "loss/dist"}
+    assert report.keys() == {"loss/token_t", "loss/feature_t", "loss/patch_t", "loss/dist"}
+    assert report["loss/feature_t"] == report["loss/patch_t"] == 0.0
+
+
+def test_terms_are_reported_times_their_weights() -> None:
+    tokens = {"t": {"token": torch.ones(2, 3), "feature": torch.ones(2, 4, 3), "patch": torch.ones(5, 3)}}
+    zero = {"t": {key: torch.zeros_like(x) for key, x in tokens["t"].items()}}
+    loss, report = proteus_loss(tokens, zero, (0.5, 2.0, 3.0))
+    assert [float(report[f"loss/{kind}_t"]) for kind in ("token", "feature", "patch")] == [0.5, 2.0, 3.0]
+    assert loss == report["loss/dist"] == 5.5
 
 
 def test_losses_are_float32_when_the_student_computes_in_bfloat16() -> None:

@@ -1,1 +1,1 @@
-"""One module per method: `UNITS` (unit name -> function of a case) and `claims(case)` (are these its array names?)."""
+"""One module per method: `UNITS`, unit name -> function of a case."""

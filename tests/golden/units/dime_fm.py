@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.data.features import IMAGE, TEXT
+from core.inputs import schedule
 from core.losses_pairs import Weights, cosine_scores, score_losses
+from core.methods.base import Batch
+from core.methods.dime_fm import DimeFm, DimeFmOptions, groups
 from core.models.students import create
 from core.models.text import pool_position, tokenize
 from core.models.weights import load_strict, to_timm
-from core.optim import decay_groups
-from core.schedules import unshifted_cosine
+from core.recipe import Train
 from tests.golden.networks import tensor
 from tests.golden.runner import Case, Check, Unit, elsewhere
+from tests.golden.scale import relative
 
 Checks = Iterator[Check]
 VIT, SWIN = "vit_base_patch32_clip_quickgelu_224", "swin_tiny_patch4_window7_224"
@@ -27,48 +31,101 @@ FULL = {"vit_b32": VIT, "vit_b16": "vit_base_patch16_clip_quickgelu_224", "swin_
 
 
 def losses(case: Case) -> Checks:
-    """In the precision of the arrays."""
-    tolerance = 2e-5 if case["student_img"].dtype == np.float32 else 1e-10
-    student, image, text = (torch.from_numpy(case[k]) for k in ("student_img", "teacher_img", "teacher_text"))
-    student.requires_grad_()
-    pvl, udist = (bool(flag) for flag in case["flags_pvl_udist"])
-    weights = Weights(*(float(x) for x in (*case["weights"], *case["temps"])))
-    total, terms = score_losses(student, image, text, weights, pvl, udist)
+    """Through the method, in the precision of the arrays, and in every other that the product offers."""
+    if "ref_vl_pvl_udist_total" in case:
+        return _precisions(case)
+    return _drawn(case) if "student_img" not in case else _one_loss(case)
+
+
+def vectors(case: Case) -> list[Tensor]:
+    """Student's and teacher's image vectors and the sentences', as recorded."""
+    return [torch.from_numpy(np.array(case[name])) for name in ("student_img", "teacher_img", "teacher_text")]
+
+
+def method_of(case: Case) -> DimeFm:
+    """With the case's weights and temperatures; a term whose flag is off has weight 0."""
+    options = dict(zip(("t_vl", "t_pvl", "t_udist"), case["temps"].tolist(), strict=True))
+    vl, pvl, udist = (float(weight) for weight in case["weights"])
+    flags = [bool(flag) for flag in case["flags_pvl_udist"]] if "flags_pvl_udist" in case else [True, True]
+    return DimeFm(DimeFmOptions(vl=vl, pvl=pvl * flags[0], udist=udist * flags[1], **options), Train(), 1)
+
+
+def loss_of(method: DimeFm, student: Tensor, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Total and terms by the names of the files, and the gradient of the student's vectors."""
+    leaf = student.clone().requires_grad_()
+    total, report = method.losses(leaf, {IMAGE: image, TEXT: text}, Batch({}))
     total.backward()
-    yield "total", total, case["total"], tolerance
-    for name, term in terms.items():
-        yield name, term, case[name], tolerance
-    if "grad_student" in case:
-        yield "grad_student", student.grad, case["grad_student"], tolerance
+    terms = {name.removeprefix("loss/"): value for name, value in report.items()}
+    assert leaf.grad is not None
+    return {**terms, "total": total.detach(), "grad_student": leaf.grad}
+
+
+def _one_loss(case: Case) -> Checks:
+    found = loss_of(method_of(case), *vectors(case))
+    for name in unweighed(case):  # the method computes no term without a weight, whatever its flag says
+        found[name] = _term(case, name)
+    tolerance = 2e-5 if case["student_img"].dtype == np.float32 else 1e-10
+    yield from ((name, value, case[name], tolerance) for name, value in found.items() if name in case)
+
+
+def unweighed(case: Case) -> list[str]:
+    """Terms whose flag is on and whose weight is 0."""
+    switches = zip(("pvl", "udist"), case["flags_pvl_udist"], case["weights"][1:], strict=True)
+    return [name for name, on, weight in switches if on and not weight]
+
+
+def _term(case: Case, name: str) -> Tensor:
+    weights = Weights(*case["weights"].tolist(), *case["temps"].tolist())
+    return score_losses(*vectors(case), weights, *(bool(flag) for flag in case["flags_pvl_udist"]))[1][name]
+
+
+def _precisions(case: Case) -> Checks:
+    """Close to the end of a training, where half precision shows."""
+    columns, method, given = ("vl", "pvl", "udist", "total"), method_of(case), vectors(case)
+    wide = loss_of(method, *(x.double() for x in given))
+    want = case["ref_vl_pvl_udist_total"]
+    yield "ref_vl_pvl_udist_total", [wide[name] for name in columns], want, 1e-10
+    runs = [("float32", loss_of(method, *given)["total"])]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            runs.append((f"autocast {dtype}", loss_of(method, *given)["total"]))
+    yield from (relative(f"total in {name}", total.double(), want[-1:].sum(), 1e-3) for name, total in runs)
+
+
+def _drawn(case: Case) -> Checks:
+    """A large batch, drawn by the rule of its description."""
+    draw, shape = np.random.RandomState(int(case["seed"])), (int(case["B"]), int(case["d"]))
+    mi = draw.standard_normal(shape[1])
+    mt = 0.3 * mi + draw.standard_normal(shape[1])
+    ti = mi + 0.25 * draw.standard_normal(shape)
+    tt = mt + 0.25 * draw.standard_normal(shape)
+    st = ti + 0.3 * draw.standard_normal(shape)
+    ends = [st[3, 5], ti[-1, -1], tt[0, 0]]
+    yield "check_inputs", [st.sum(), ti.sum(), tt.sum(), *ends], case["check_inputs"], 1e-10
+    student, image, text = (torch.from_numpy(x) for x in (st, ti, tt))
+    corner = case["teacher_logits_corner"]
+    scores = cosine_scores(image, text)[: corner.shape[0], : corner.shape[1]]
+    yield "teacher_logits_corner", scores, corner, 1e-8
+    found = loss_of(method_of(case), student, image, text)
+    grad = found.pop("grad_student")
+    yield from ((name, value, case[name], 1e-8) for name, value in found.items() if name in case)
+    yield "grad_rows", grad[::97, ::31], case["grad_rows"], 1e-8
+    yield "grad_norm", grad.norm(), case["grad_norm"], 1e-8
 
 
 def loss_flags(case: Case) -> Checks:
     columns = [str(name) for name in case["columns"]]
+    student, image, text = vectors(case)
     for number, values in enumerate(case["table"]):
         row = dict(zip(columns, values.tolist(), strict=True))
-        student, image, text = (tensor(case[k]) for k in ("student_img", "teacher_img", "teacher_text"))
-        student.requires_grad_()
         weights = Weights(row["w_vl"], row["w_pvl"], row["w_udist"], *case["temps"].tolist())
-        total, terms = score_losses(student, image, text, weights, bool(row["use_pvl"]), bool(row["use_udist"]))
+        leaf = student.clone().requires_grad_()
+        total, terms = score_losses(leaf, image, text, weights, bool(row["use_pvl"]), bool(row["use_udist"]))
         total.backward()
-        assert student.grad is not None
-        found = {**terms, "total": total, "abs_grad_sum": student.grad.abs().sum()}
-        for name, value in found.items():
-            yield f"{name}.{number}", value, row[name], 1e-10
-
-
-def loss_global_batch(case: Case) -> Checks:
-    """The whole batch at once, and neither of the two answers of ranks that look at their own part alone."""
-    checks = {name: (got, want, tol) for name, got, want, tol in losses(case)}
-    yield from ((name, *check) for name, check in checks.items())
-    total, slope = checks["total"][0], checks["grad_student"][0]
-    yield (
-        "not the mean of local totals",
-        abs(total.item() - float(case["wrong_mean_of_local_totals"])) > 1e-6,
-        True,
-        0.0,
-    )
-    yield "not the local gradient", bool((slope - tensor(case["wrong_local_grad"])).abs().max() > 1e-6), True, 0.0
+        assert leaf.grad is not None
+        found = {**terms, "total": total.detach(), "abs_grad_sum": leaf.grad.abs().sum()}
+        got = [float(found[name].detach()) if name in found else row[name] for name in columns]
+        yield f"table {number}", got, values, 1e-10
 
 
 def logits(case: Case) -> Checks:
@@ -78,22 +135,17 @@ def logits(case: Case) -> Checks:
 
 
 def lr_schedule(case: Case) -> Checks:
-    from core.methods.dime_fm import late_step
-
-    per_epoch = int(case["n_iter"])
-    steps, warmup = int(case["epochs"]) * per_epoch, int(float(case["warmup_epochs"]) * per_epoch)
-    rates = {"base": float(case["base_lr"]), "final": float(case["min_lr"]), "start": float(case["warmup_lr"])}
-
-    def lr(step: int) -> float:
-        return unshifted_cosine(step, steps=steps, warmup=warmup, **rates)
-
-    past = case["lr_function_past_end"]
-    yield "lr_function", [lr(k) for k in range(len(case["lr_function"]))], case["lr_function"], 1e-15
-    yield "lr_function_past_end", [lr(steps + k) for k in range(len(past))], past, 1e-15
-    used = case["lr_used_at_step"]
-    yield "lr_used_at_step", [lr(late_step(k)) for k in range(len(used))], used, 1e-15
-    groups = decay_groups([], float(case["weight_decay_by_group"][0]))
-    yield "weight_decay_by_group", [g["weight_decay"] for g in groups], case["weight_decay_by_group"], 0.0
+    """The method's rates; upstream's function of a step is the rate that the method uses one step later."""
+    decay = float(case["weight_decay_by_group"].max())
+    train = Train(epochs=int(case["epochs"]), warmup_epochs=float(case["warmup_epochs"]), batch=2, micro_batch=2,
+                  lr=float(case["base_lr"]), lr_batch=0, min_lr=float(case["min_lr"]), weight_decay=decay)  # fmt: skip
+    options = DimeFmOptions(warmup_lr=float(case["warmup_lr"]))
+    method = DimeFm(options, *schedule(train, train.batch * int(case["n_iter"])))
+    lr, steps = [method.schedules(step)["lr"] for step in range(2 * method.steps)], method.steps
+    for name, start in (("lr_used_at_step", 0), ("lr_function", 1), ("lr_function_past_end", steps + 1)):
+        yield name, lr[start : start + len(case[name])], case[name], 1e-15
+    decays = [group["weight_decay"] for group in method.param_groups(nn.Linear(2, 2))]
+    yield "weight_decay_by_group", decays, case["weight_decay_by_group"], 0.0
 
 
 def network(
@@ -145,37 +197,76 @@ def vit_shapes(keys: list[str], width: int, patch: int, out: int, size: int) -> 
     return {key: next((s for end, s in by_end.items() if key.endswith(end)), (width,)) for key in keys}
 
 
-def vit_forward(case: Case) -> Checks:
-    seed, width, patch, size = (int(np.ravel(case[k])[0]) for k in ("seed", "width", "patch", "resolution"))
+def images_of(case: Case, channels: int = 3) -> Tensor:
+    """Recorded images, or those that the case's seed draws."""
+    if "images" in case:
+        return torch.from_numpy(np.array(case["images"]))
+    seed = int(case["image_seed"]) if "image_seed" in case else int(case["seed"]) - 1
+    size = int(np.ravel(case["resolution"])[0])
+    shape = (int(np.ravel(case["batch"])[0]), channels, size, size)
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def start(case: Case) -> dict[str, Tensor]:
+    """Parameters under upstream's names, float64: recorded below `init/`, or drawn for the sizes that a case states."""
+    recorded = {name: tensor(array) for name, array in case.below("init/").items()}
     keys = [str(key) for key in case["sorted_param_keys"]]
-    out, heads = (int(np.ravel(case[k])[0]) for k in ("embed_dim", "heads"))
-    params = drawn(keys, vit_shapes(keys, width, patch, out, size), seed)
-    state = to_timm(params)
+    if recorded:
+        assert sorted(recorded) == sorted(keys), "init/ holds other parameters than sorted_param_keys"
+        return recorded
+    shapes = swin_shapes(case, keys) if "depths" in case else sizes_of_vit(case, keys)
+    return drawn(keys, shapes, int(case["seed"]))
+
+
+def sizes_of_vit(case: Case, keys: list[str]) -> dict[str, tuple[int, ...]]:
+    width, patch, out, size = (int(np.ravel(case[k])[0]) for k in ("width", "patch", "embed_dim", "resolution"))
+    depth = len({key.split("resblocks.")[1].split(".")[0] for key in keys if "resblocks." in key})
+    assert depth == int(case["layers"]), f"{case['layers']} layers are stated, {depth} are named"
+    return vit_shapes(keys, width, patch, out, size)
+
+
+def swin_student(case: Case) -> nn.Module:
+    dims = {"embed_dim": int(case["embed_dim"]), "window_size": int(case["window"])}
+    args = {**dims, "depths": [int(d) for d in case["depths"]], "num_heads": [int(h) for h in case["heads"]],
+            "num_classes": int(case["proj_dim"]), "drop_path_rate": 0.0}  # fmt: skip
+    return create(SWIN, args | patch_of(case), int(case["resolution"]), "student")
+
+
+def patch_of(case: Case) -> dict[str, int]:
+    return {"patch_size": int(case["patch"])} if "patch" in case else {}
+
+
+def swin_shapes(case: Case, keys: list[str]) -> dict[str, tuple[int, ...]]:
+    own, names = swin_student(case).state_dict(), timm_names(keys, swin=True)
+    shapes = {key: tuple(own[names[key]].shape) for key in keys}
+    turned = {key for key in keys if key.endswith("projection")}
+    return {key: shape[::-1] if key in turned else shape for key, shape in shapes.items()}
+
+
+def vit_forward(case: Case) -> Checks:
+    params, images = start(case), images_of(case)
+    if "image_check" in case:
+        flat = images.double().flatten()
+        yield "image_check", [flat.sum(), flat[0], flat[-1]], case["image_check"], 1e-9
+    state, heads = to_timm(params), [int(np.ravel(case["heads"])[0])]
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
-        model = network(state, swin=False, heads=[heads], size=size).to(dtype).eval()
+        model = network(state, swin=False, heads=heads, size=images.shape[-1]).to(dtype).eval()
         load_strict(model, params)
         with torch.no_grad():
-            tokens = model.forward_features(torch.from_numpy(case["images"]).to(dtype))
+            tokens = model.forward_features(images.to(dtype))
             pooled = model.forward_head(tokens, pre_logits=True)
-            projected = model(torch.from_numpy(case["images"]).to(dtype))
+            projected = model(images.to(dtype))
         yield f"pre_projection {dtype}", pooled, case["pre_projection"], tolerance
         yield f"output {dtype}", projected, case["output"], tolerance
-    yield "batch", [len(case["images"])], [int(np.ravel(case["batch"])[0])], 0.0
+    yield "batch", [len(images)], [int(np.ravel(case["batch"])[0])], 0.0
+    yield "resolution", images.shape[-1], int(np.ravel(case["resolution"])[0]), 0.0
 
 
 def swin_forward(case: Case) -> Checks:
-    dim, depths, window = int(case["embed_dim"]), [int(d) for d in case["depths"]], int(case["window"])
-    heads, size, out = [int(h) for h in case["heads"]], int(case["resolution"]), int(case["proj_dim"])
-    args = {"embed_dim": dim, "depths": depths, "num_heads": heads, "window_size": window, "num_classes": out}
-    model = create(SWIN, args, size, "student").double().eval()
-    keys = [str(key) for key in case["sorted_param_keys"]]
-    own = model.state_dict()
-    names = {key: next(iter(to_timm({key: torch.zeros(1, 1), **MARK}, "dime_fm").keys() - MARKED)) for key in keys}
-    shapes = {key: tuple(own[names[key]].shape) for key in keys}
-    shapes["image_projection"] = shapes["image_projection"][::-1]
-    load_strict(model, drawn(keys, shapes, int(case["seed"])))
+    model = swin_student(case).double().eval()
+    load_strict(model, start(case))
     with torch.no_grad():
-        images = tensor(case["images"])
+        images = images_of(case).double()
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         yield "pooled", pooled, case["pooled"], 1e-9
         yield "output", model(images), case["output"], 1e-9
@@ -187,9 +278,8 @@ MARKED = {"layers.0.blocks.0.mark"}
 
 
 def released_layout(case: Case) -> Checks:
-    keys, width = [str(key) for key in case["param_keys_sorted"]], int(case["width"])
-    out, patch, size = (int(case[k]) for k in ("embed_dim", "patch", "resolution"))
-    params = drawn(keys, vit_shapes(keys, width, patch, out, size), int(case["seed"]))
+    keys, size = [str(key) for key in case["param_keys_sorted"]], int(case["resolution"])
+    params = drawn(keys, sizes_of_vit(case, keys), int(case["seed"]))
     params = {key: value.float() for key, value in params.items()}
     for key in params:
         if key.endswith(("conv1.weight", "class_embedding", "positional_embedding")):
@@ -197,19 +287,18 @@ def released_layout(case: Case) -> Checks:
     saved = {key.replace("vision_projection", "image_projection").replace("visual.", "image_encoder."): value
              for key, value in params.items()}  # fmt: skip
     yield "saved_keys", sorted(saved), sorted(str(key) for key in case["saved_keys"]), 0.0
+    images = images_of(case)
     for state in (saved, params):  # as the file has it, and as the loader renames it
         model = network(to_timm({"model": state}), swin=False, heads=[int(case["heads"])], size=size,
                         norm_eps=float(case["ln_eps"]))  # fmt: skip
         load_strict(model, {"model": state})
         with torch.no_grad():
-            features = model.eval()(torch.from_numpy(case["images"]))
+            features = model.eval()(images)
         yield "features", features, case["features"], 2e-4
         yield "features_normalised", nn.functional.normalize(features, dim=-1), case["features_normalised"], 2e-4
 
 
 def param_groups(case: Case) -> Checks:
-    from core.methods.dime_fm import groups
-
     names = [str(name) for name in case["all_names_in_order"]]
     shapes = [tuple(int(n) for n in re.findall(r"\d+", str(s))) for s in case["all_shapes"]]
     with torch.device("meta"):
@@ -225,14 +314,14 @@ def param_groups(case: Case) -> Checks:
         model = network(state, swin=swin, **sizes)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     timm_name = timm_names(names, swin)
-    yield "every parameter", sorted(timm_name.values()), sorted(own), 0.0
+    yield "all_names_in_order, in the product", sorted(timm_name.values()), sorted(own), 0.0
     turned = {name for name in names if name.endswith(("visual.proj", "projection"))}
     for name, shape in zip(names, shapes, strict=True):
         want = shape[::-1] if name in turned else shape
-        yield f"shape of {name}", list(own[timm_name[name]].squeeze().shape), [n for n in want if n != 1], 0.0
+        yield f"all_shapes {name}", list(own[timm_name[name]].squeeze().shape), [n for n in want if n != 1], 0.0
     decay, free = groups(model, 0.05)
     for key, group in (("decay", decay), ("no_decay", free)):
-        yield key, [n for n in names if timm_name[n] in group["names"]], [str(n) for n in case[key]], 0.0
+        yield key, [n for n in names if timm_name[n] in group["names"]], case[key], 0.0
 
 
 def swin_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -254,8 +343,6 @@ def timm_names(names: list[str], swin: bool) -> dict[str, str]:
 
 
 def param_groups_full(case: Case) -> Checks:
-    from core.methods.dime_fm import groups
-
     columns = [str(name) for name in case["columns"]]
     for key in (key for key in case if key != "columns"):
         with torch.device("meta"):
@@ -276,7 +363,7 @@ def tokenizer(case: Case) -> Checks:
 UNITS: dict[str, Unit] = {
     "loss": losses,
     "loss_flags": loss_flags,
-    "loss_global_batch": loss_global_batch,
+    "loss_global_batch": elsewhere("dime_fm_steps", "loss_global_batch"),
     "logits": logits,
     "lr_schedule": lr_schedule,
     "param_groups": param_groups,
@@ -295,14 +382,3 @@ UNITS: dict[str, Unit] = {
     )},
     "zeroshot": elsewhere("dime_fm_evaluation", "zero_shot"),
 }  # fmt: skip
-KNOWN = ("student_img", "sorted_param_keys", "lr_used_at_step", "all_names_in_order", "swin_t", "x1", "texts",
-         "param_keys_sorted", "boxes", "center_stride8_0", "torch_seed_of_image", "tsv_0", "image_chunk_sizes",
-         "dataroot", "multilabel", "visited_lr_wd_score", "multiclass_labels", "init_text_weights", "text_embeddings",
-         "distilled_model")  # fmt: skip
-
-
-def claims(case: Case) -> bool:
-    items = case.get("items", [])
-    streams = any(re.fullmatch(r"img\d+_txt\d+", key) for key in case)
-    decoded = bool(items) and isinstance(items, list) and "payload" in items[0]
-    return streams or decoded or any(key in case for key in KNOWN)

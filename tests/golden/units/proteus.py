@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 
 from core.comm import Comm
+from core.config import load
 from core.data.masks import mask_counts, masked_samples, most_masked, place_masks, ratio_bins
 from core.data.repeated import released_repeats
 from core.data.sharded import sharded_indices
 from core.ema import average_
+from core.evaluate.last_layers import last_layers
+from core.inputs import schedule
 from core.methods.base import Batch, Info
-from core.methods.proteus import Proteus, ProteusOptions, proteus_loss
+from core.methods.proteus import Proteus, ProteusOptions
 from core.models import vit as vits
 from core.models.adapters import KINDS, MaskedStudent
+from core.models.features import last_tokens
 from core.models.teachers import FrozenTeacher
 from core.models.weights import to_timm
 from core.plain import PlainEngine
@@ -28,11 +33,11 @@ from core.recipe import Teacher, Train
 from core.schedules import late_epoch, unshifted_cosine
 from tests.golden import proteus_evaluation as evaluation
 from tests.golden.networks import tensor
-from tests.golden.proteus_model import TEACHER, batch_of, build, in_product, tensors
+from tests.golden.proteus_model import TEACHER, batch_of, build, by_array, in_product, sizes, tensors
 from tests.golden.proteus_steps import train_steps
 from tests.golden.runner import Case, Check, Unit
 from tests.golden.scale import relative
-from tests.golden.towers import features_of, info_of, layout_of, tower
+from tests.golden.towers import features_of, gated, info_of, layout_of, tower
 
 Checks = Iterator[Check]
 LOSSES = {"token": "token_loss", "feature": "fea_loss", "patch": "patch_loss"}
@@ -42,13 +47,17 @@ LOSSES = {"token": "token_loss", "feature": "fea_loss", "patch": "patch_loss"}
 
 
 def backbone(case: Case) -> Checks:
-    state = tensors(dict(case), "p/")
+    state = tensors(case, "p/")
     model, x = tower(state, int(case["heads"])).eval(), tensor(case["x"])
     clip = layout_of(state) == "clip"
+    count = sum(key.startswith("inter_cls_") for key in case)
     with torch.no_grad():
-        taps = vits.forward_taps(model, x)
-        normed = [model.norm(tap) for tap in taps[1:]]
+        features, raw = features_of(model, x, normed=not clip), last_tokens(model, x)
+        layers = last_layers(model, x, count)
     prefix = model.num_prefix_tokens
+    yield "patch", model.patch_embed.patch_size[0], int(case["patch"]), 0.0
+    if "ffn" in case:
+        yield "ffn", "swiglu" if gated(model) else "mlp", str(case["ffn"])[:6], 0.0
     native = tuple(model.patch_embed.img_size) == x.shape[-2:]
 
     def tol(name: str) -> float:
@@ -56,14 +65,11 @@ def backbone(case: Case) -> Checks:
         exact = "mask" in case and native and case[name].dtype == np.float64
         return 5e-6 if clip else 1e-9 if exact else 2e-6
 
-    yield relative("cls", normed[-1][:, 0], case["cls"], tol("cls"))
-    yield relative(
-        "patch_tokens", (taps if clip else normed)[-1][:, prefix:], case["patch_tokens"], tol("patch_tokens")
-    )
+    yield relative("cls", features.cls, case["cls"], tol("cls"))
+    yield relative("patch_tokens", features.patch, case["patch_tokens"], tol("patch_tokens"))
     if "prenorm" in case:
-        yield relative("prenorm", taps[-1], case["prenorm"], tol("prenorm"))
-    count = sum(key.startswith("inter_cls_") for key in case)
-    for i, tokens in enumerate(normed[len(normed) - count :]):
+        yield relative("prenorm", raw, case["prenorm"], tol("prenorm"))
+    for i, tokens in enumerate(layers):
         yield relative(f"inter_cls_{i}", tokens[:, 0], case[f"inter_cls_{i}"], tol(f"inter_cls_{i}"))
         name = f"inter_patchmean_{i}"
         yield relative(name, tokens[:, prefix:].mean(1), case[name], tol(name))
@@ -93,11 +99,11 @@ def _masked(case: Case, model: Any, state: dict[str, Tensor], tol: Callable[[str
 
 
 def pos_interp(case: Case) -> Checks:
-    table, side, patch = torch.from_numpy(case["pos_embed"]), int(case["native_grid"]), int(case["patch"])
+    table, side, patch = torch.from_numpy(np.array(case["pos_embed"])), int(case["native_grid"]), int(case["patch"])
     for key in (key for key in case if re.fullmatch(r"out_\d+x\d+", key)):
         grid = tuple(int(n) // patch for n in key.removeprefix("out_").split("x"))
-        got = table if grid == (side, side) else vits.resize_pos_embed(
-            table, (side, side), grid, table.shape[1] - side * side, float(case["offset"]))  # fmt: skip
+        prefix = table.shape[1] - side * side
+        got = vits.resize_pos_embed(table, (side, side), grid, prefix, float(case["offset"]))
         yield relative(key, got, case[key], 5e-6)
 
 
@@ -105,46 +111,51 @@ def pos_interp(case: Case) -> Checks:
 
 
 def loss(case: Case) -> Checks:
-    arrays = {key: case[key] for key in case}
-    method, module = build(arrays, Train())
-    batch = batch_of(arrays["images"], arrays["masks"])
-    clip = "patch" not in module.kinds
-    yield "mask_indices", np.flatnonzero(arrays["masks"]), arrays["mask_indices"], 0.0
-    state = {k.removeprefix("teacher.backbone."): v for k, v in tensors(arrays, "p/teacher.").items()}
-    state = {k.removeprefix("backbone."): v for k, v in state.items()}
-    teacher = tower(state, int(arrays["teacher_heads"]))
-    features = features_of(teacher, batch.views["image"], normed=layout_of(state) != "clip")
-    outputs = module(batch)[TEACHER]
-    targets = method.targets({TEACHER: features}, batch)
-    _, report = method.losses({TEACHER: outputs}, targets, batch)
-    token, feature, patch = (float(weight) for weight in arrays["lambdas"])
-    total, _ = proteus_loss({TEACHER: outputs}, targets, (token, feature, patch))
+    """The objective with the recorded weights; heads whose term has weight 0 are made only to compare their outputs."""
+    method, module = build(case, Train())
+    batch = batch_of(case["images"], case["masks"])
+    yield "mask_indices", np.flatnonzero(case["masks"]), case["mask_indices"], 0.0
+    state = tensors(case, "p/teacher.backbone.")
+    clip = layout_of(state) == "clip"
+    teacher = tower(state, int(case["teacher_heads"]))
+    features = features_of(teacher, batch.views["image"], normed=not clip)
+    yield relative("o/teacher_cls", features.cls, case["o/teacher_cls"], 2e-6)
+    yield relative("o/teacher_patch", features.patch, case["o/teacher_patch"], 2e-6)
+    yield from sizes(case, student=module.student, teacher=teacher)
+    total, report = method.losses(module(batch), method.targets({TEACHER: features}, batch), batch)
     total.backward()
-    tol = 2e-6
-    yield relative("o/teacher_cls", features.cls, arrays["o/teacher_cls"], tol)
-    yield relative("o/teacher_patch", features.patch, arrays["o/teacher_patch"], tol)
-    tokens = module.tokens(batch)
-    student = vits.forward_taps(module.student, batch.views["image"])[-1]
-    normed, prefix = module.student.norm(student), module.student.num_prefix_tokens
-    yield relative("o/student_cls", tokens["token"], arrays["o/student_cls"], tol)
-    if "o/student_patch" in arrays:
-        yield relative("o/student_patch", normed[:, prefix:], arrays["o/student_patch"], tol)
-        own = torch.from_numpy(arrays["masks"])  # rows without a mask do not matter, and the product leaves them out
-        yield relative("o/student_masked_patch", tokens["patch"], arrays["o/student_masked_patch"][own.numpy()], tol)
-    for kind, name in (("patch", "patch_head"), ("token", "token_head"), ("feature", "fea_head")):
-        if f"o/{name}" in arrays:
-            yield relative(f"o/{name}", outputs[kind], arrays[f"o/{name}"], tol)
-    exact = tol if clip else 1e-7
-    yield relative("o/loss", total, arrays["o/loss"], exact)
+    exact = 2e-6 if clip else 1e-7
+    yield relative("o/loss", total, case["o/loss"], exact)
     for kind, name in LOSSES.items():
-        got = report.get(f"loss/{kind}_{TEACHER}", torch.zeros(()))
-        yield relative(f"o/{name}", got, arrays[f"o/{name}"], exact)
+        yield relative(f"o/{name}", report[f"loss/{kind}_{TEACHER}"], case[f"o/{name}"], exact)
+    yield from _gradients(case, module)
+    yield from _outputs(case, batch)
+
+
+def _outputs(case: Case, batch: Batch) -> Checks:
+    """What the student and every head give; of masked patches those rows that a loss can see."""
+    module = build(case, Train(), all_heads=True)[1]
+    with torch.no_grad():
+        tokens, outputs = module.tokens(batch), module(batch)[TEACHER]
+    names = {"o/student_cls": tokens["token"], "o/student_patch": tokens.get("feature"),
+             "o/patch_head": outputs.get("patch"), "o/token_head": outputs["token"],
+             "o/fea_head": outputs.get("feature")}  # fmt: skip
+    for name, got in names.items():
+        if name in case:
+            yield relative(name, got, case[name], 2e-6)
+    if "o/student_masked_patch" in case:
+        want = case["o/student_masked_patch"][np.asarray(case["masks"])]
+        yield relative("o/student_masked_patch", tokens["patch"], want, 2e-6)
+
+
+def _gradients(case: Case, module: MaskedStudent) -> Checks:
+    """Of all parameters that the release gives one; where the product has no such parameter, it is zero."""
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
-    wanted = in_product(tensors(arrays, "g/"))
-    without = in_product(dict.fromkeys(filter(None, arrays.get("no_grad_names", ())), torch.zeros(1)))
-    yield "names of gradients", sorted(grads.keys() - without.keys()), sorted(wanted), 0.0
-    for name, want in wanted.items():
-        yield relative(f"g/{name}", grads[name], want, tol)
+    wanted = [*by_array(case, "g")]
+    without = in_product(dict.fromkeys((str(n) for n in case["no_grad_names"] if n), torch.zeros(1)))
+    yield "names of gradients", sorted(grads.keys() - without.keys() - {name for _, name, _ in wanted}), [], 0.0
+    for key, name, want in wanted:
+        yield relative(key, grads.get(name, torch.zeros_like(want)), want, 2e-6)
     reached = [name for name, p in module.named_parameters() if name in without and p.grad is not None]
     yield "no_grad_names", reached, [], 0.0
 
@@ -181,9 +192,14 @@ def collate(case: Case) -> Checks:
     yield relative("masks_weight", got.weight, case["masks_weight"], 1e-7)
     yield "upperbound", most_masked(n, places, ratio), case["upperbound"], 0.0
     yield "n_masked", [len(got.index)], case["n_masked"], 0.0
-    method = Proteus(ProteusOptions(lambda_patch=0.0), Train(), 1)  # masks are compared above
-    images, labels = (torch.from_numpy(case[f"{name}_in"]) for name in ("images", "labels"))
-    batch = method.prepare(Batch({"image": images}, labels=labels))
+    images, labels = (torch.from_numpy(np.array(case[f"{name}_in"])) for name in ("images", "labels"))
+    options = ProteusOptions(mask_probability=float(case["mask_probability"]), mask_ratio=ratio, mask_first=first)
+    method = Proteus(options, Train(batch=count, micro_batch=count), 1)
+    side = int(case["grid"])
+    method.check(Info("student", 1, 1, 1, (side, side), 1, True, True), {})
+    batch = method.prepare(Batch({"image": images}, torch.arange(count), labels=labels))
+    if len(ratio) == 1:  # of a range, its own draws decide how many
+        yield "n_masked by own draws", [len(batch.extra["mask_index"])], case["n_masked"], 0.0
     yield "images_out", batch.views["image"], case["images_out"], 0.0
     yield "labels_out", batch.labels, case["labels_out"], 0.0
 
@@ -267,11 +283,12 @@ def _frozen(names: list[str], like: Any, info: Info) -> Checks:
 
 def lr_schedule(case: Case) -> Checks:
     epochs, batch = int(case["epochs"]), int(case["world"]) * int(case["batch_per_gpu"])
-    settings = Train(epochs=epochs, warmup_steps=int(case["warmup_epochs"]), lr=float(case["base_lr"]), lr_batch=512,
-                     min_lr=float(case["min_lr"]), batch=batch, micro_batch=batch)  # fmt: skip
-    warmup_lr = float(case["warmup_lr"])
-    method = Proteus(ProteusOptions(warmup_lr=warmup_lr), settings, epochs)  # one step an epoch
-    scaled = settings.lr * settings.batch / settings.lr_batch
+    train = dataclasses.replace(load("proteus-b").train, epochs=epochs, warmup_epochs=float(case["warmup_epochs"]),
+                                lr=float(case["base_lr"]), min_lr=float(case["min_lr"]), batch=batch,
+                                micro_batch=int(case["batch_per_gpu"]))  # fmt: skip
+    settings, steps = schedule(train, batch)  # one step an epoch
+    warmup_lr, scaled = float(case["warmup_lr"]), settings.lr * settings.lr_factor
+    method = Proteus(ProteusOptions(warmup_lr=warmup_lr), settings, steps)
     yield relative("scaled_lr", scaled, case["scaled_lr"], 1e-12)
     yield relative("lr_used", [method.schedules(epoch)["lr"] for epoch in range(epochs)], case["lr_used"], 1e-12)
     if "resume_at" not in case:
@@ -305,18 +322,3 @@ UNITS: dict[str, Unit] = {
     "train_steps": train_steps,
     **evaluation.UNITS,
 }
-
-
-def claims(case: Case) -> bool:
-    """Names without dots, but with one of these."""
-    known: tuple[Callable[[str], bool], ...] = (
-        lambda key: key.startswith(("p/", "init/", "step0/")),
-        lambda key: key in KNOWN,
-    )
-    return any(test(key) for key in case for test in known)
-
-
-KNOWN = {
-    "pos_embed", "upperbound", "dataset_len", "sample_count", "no_decay", "lr_used", "ab", "base_wd", "warmup_iters",
-    "pred", "kind", "C_grid", "val_idx", "resize", "x_val", "train_features",
-}  # fmt: skip

@@ -325,7 +325,3 @@ UNITS: dict[str, Unit] = {
     "split_trainval": split_trainval,
     "center_pad": center_pad,
 }
-
-
-def claims(case: Case) -> bool:
-    return all(key.split(".")[0] in ("param", "in", "hp", "out") for key in case)
