@@ -346,7 +346,7 @@ def test_while_a_run_cannot_be_read_what_it_may_need_stays(
 @pytest.mark.parametrize(
     "key",
     ["features/embeddings.npy", "features/of-others/about.json", f"features/{'a' * 16}/about.json",
-     f"features/{'a' * 16}/x/about.json", f"features/orders/{'a' * 16}.json", "features/orders/list.json"],
+     f"features/{'a' * 16}/x/about.json", f"features/orders/{'a' * 32}.json", "features/orders/list.json"],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [b"{}", b"[" * 100_000, b'{"fingerprint": "a", "about": {}, "ends": []}', b"\xff"])
 def test_features_that_retort_has_not_made_stay(
