@@ -358,7 +358,3 @@ UNITS: dict[str, Unit] = {
     "train_steps_fd": elsewhere("steps_fd", "train_steps_fd"),
     "train_steps_finetune": elsewhere("steps_fd", "train_steps_finetune"),
 }
-
-
-def claims(case: Case) -> bool:
-    return "meta" in case

@@ -265,8 +265,3 @@ UNITS: dict[str, Unit] = {
         "davis": "davis_propagation",
     }.items()
 } | {"train_step": elsewhere("udi_steps", "train_step")}  # fmt: skip
-
-
-def claims(case: Case) -> bool:
-    """UDI's arrays have plain names or names below a slash."""
-    return case.path.suffix == ".npz" and not any("." in key.split("/")[0] for key in case)
