@@ -28,6 +28,13 @@ from tests.kube_server import KubeServer
 from tests.quirky import Quirky, QuirkyServer, serving
 
 pytest_plugins = ["tests.durations"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let tests and what they start hear signals, also when nohup or `&` keeps them from whoever started the suite."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 TOOLS = Path(__file__).parent / "tools"
 
 # ---- stores

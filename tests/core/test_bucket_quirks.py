@@ -34,7 +34,7 @@ def test_a_listing_that_is_cut_off_without_a_token_has_an_end(quirky: Quirky, qu
     with pytest.raises(UnfitStore, match=r"cuts a listing off .* no new try mends it: use another server"):
         list(store.list())
     with pytest.raises(UnfitStore, match="cuts a listing off"):
-        store.abandoned(0, remove=False)
+        store.abandoned(0, lambda key: True, remove=False)
 
 
 def test_entries_without_a_time_are_told(quirky: Quirky) -> None:

@@ -20,7 +20,7 @@ from core.config import load, to_yaml
 from core.registry import complete
 from core.storage import StoreError, open_store
 from jobs.heartbeat import Heartbeat
-from jobs.launchers.ranks import free_port, rank_environment
+from jobs.launchers.ranks import rank_environment
 from jobs.placement import Placement
 from jobs.record import Run, State
 from jobs.spec import REPOSITORY
@@ -55,7 +55,7 @@ def test_a_rank_that_cannot_start_says_why_in_one_line(root: str) -> None:
 
 
 def test_a_rank_that_refuses_weights_ends_with_2_and_a_short_message(
-    new_run: MakeRun, root: str, tiny_recipe: Path
+    new_run: MakeRun, root: str, tiny_recipe: Path, tmp_path: Path
 ) -> None:
     """Such as were put in the place of those that fitted when the run was queued."""
     weights = {f"blocks.{i}.x": torch.ones(1) for i in range(500)}
@@ -65,7 +65,7 @@ def test_a_rank_that_refuses_weights_ends_with_2_and_a_short_message(
     recipe["launch"]["ranks"] = 1
     tiny_recipe.write_text(yaml.safe_dump(recipe))
     run = queued(new_run("tiny-1", to_yaml(complete(load(str(tiny_recipe))))))
-    env = {**os.environ, **rank_environment(0, Placement(1, "cpu", 1), free_port())}
+    env = {**os.environ, **rank_environment(0, Placement(1, "cpu", 1), tmp_path / "meeting")}
     command = [sys.executable, "-m", "jobs.worker", "--run", run.id, "--store", root, "--attempt", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
     assert done.returncode == 2, done.stderr
