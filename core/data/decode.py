@@ -18,6 +18,8 @@ from core.data.source import CorruptImage as CorruptImage
 
 MAX_PIXELS = 1 << 27  # 134 million: 400 MB decoded; beyond it, one file could take down a node
 MAX_RATIO = 500  # a strip, whose short side is brought to some hundred pixels, would take gigabytes
+MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG, a second of work: some kilobytes can hold 500 scans
+SCAN = b"\xff\xda"  # begins a scan, and occurs in none
 SHRINKS = (1, 2, 4, 8)  # that a JPEG decoder can do on the way
 # Only plain pixel formats: Pillow's list also holds ones that run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -29,7 +31,7 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
     least: pixels that are enough; above 0, a larger image may come at 1/2, 1/4 or 1/8 of its sides, with no fewer.
     Grey, palette, CMYK, 16-bit and float images are converted, alpha is dropped without compositing and EXIF
     orientation is not applied, as is usual for ImageNet.  Raises CorruptImage: empty, truncated, not an image, above
-    MAX_PIXELS or MAX_RATIO, of a range that is not known.
+    MAX_PIXELS, MAX_RATIO or MAX_SCANNED, of a range that is not known.
     """
     if not data:
         raise CorruptImage("empty file")
@@ -38,7 +40,7 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         return plain
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if reason := _refused(image.height, image.width):
+            if reason := _refused(image.height, image.width, data.count(SCAN) if image.format == "JPEG" else 1):
                 raise CorruptImage(reason)
             shrink = shrinking(image.width * image.height, least)
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
@@ -52,10 +54,12 @@ def decode(data: bytes, least: int = 0) -> torch.Tensor:
         raise CorruptImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
-def _refused(height: int, width: int) -> str:
+def _refused(height: int, width: int, scans: int) -> str:
     """Why an image of this size is not decoded; nothing where it is."""
     if height * width > MAX_PIXELS:
         return f"{width} x {height} pixels are more than {MAX_PIXELS}"
+    if height * width * scans > MAX_SCANNED:
+        return f"{scans} scans of {width} x {height} pixels are more than {MAX_SCANNED} in all"
     strip = max(height, width) > MAX_RATIO * min(height, width)
     return f"{width} x {height}: over {MAX_RATIO} times as long as wide" if strip else ""
 
@@ -97,7 +101,7 @@ def _plain_jpeg(data: bytes, least: int) -> torch.Tensor | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray", "RGB") or _refused(height, width):
+        if colours not in ("YCbCr", "Gray", "RGB") or _refused(height, width, data.count(SCAN)):
             return None
         shrink = shrinking(height * width, least)
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))

@@ -171,6 +171,16 @@ def test_a_decompression_bomb_is_refused_by_its_header():
         decode(bomb)
 
 
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_the_work():
+    file = io.BytesIO()
+    Image.new("RGB", (3000, 3000)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert decode(data, least=1).shape == (3, 375, 375)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(CorruptImage, match="30[0-9] scans of 3000 x 3000 pixels are more than"):
+        decode(data[:-2] + scan * 297 + data[-2:])
+
+
 def test_pixels_in_memory_are_rearranged():
     assert torch.equal(to_tensor(RGB), chw(RGB))
     assert torch.equal(to_tensor(RGB[..., 1]), chw(RGB)[1].expand(3, -1, -1))
