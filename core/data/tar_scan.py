@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from core import small_json
 from core.data.ranged_file import RangedFile
@@ -24,6 +25,8 @@ _MOST_TEXT = 1 << 20  # bytes of a label or a text
 _MOST_LABEL = (1 << 31) - 1
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # webdataset's split into key and suffix
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+               tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 _TEXTS = ("captions", "caption", "tags")
 
 
@@ -55,6 +58,15 @@ class Scan:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, of which tarfile would read extensions of any length into memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in _EXTENSIONS and self.size > _MOST_TEXT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, where {_MOST_TEXT} are read at most")
+        return super()._proc_member(tar)  # type: ignore[misc]  # tarfile's own place for this, without a stub
+
+
 class _Unusable(Exception):  # noqa: N818 (says what the sample is)
     """A sample that cannot be taken; says why."""
 
@@ -68,7 +80,8 @@ def scan_tar(store: Store, key: str, size: int) -> Scan:
     try:
         while start is not None:
             file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Header}
+            with tarfile.open(fileobj=file, mode="r:", **options) as tar:
                 members = _members(tar, file, size, scan)
                 for name, group in groupby(members, lambda member: member.key):
                     _take(name, list(group), scan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pickle
 import tarfile
@@ -197,6 +198,17 @@ def test_a_tar_with_a_damaged_header_is_named(store: FileStore) -> None:
     data[2048 + 100] ^= 1
     with pytest.raises(DataError, match=r"set/a.tar: no header at byte 2048: no whole tar"):
         opened(store, a=bytes(data))
+
+
+@pytest.mark.parametrize(("format", "long"), [(tarfile.PAX_FORMAT, "comment"), (tarfile.GNU_FORMAT, "name")])
+def test_headers_of_megabytes_are_not_read_into_memory(store: FileStore, format: int, long: str) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as made:
+        info = tarfile.TarInfo("1.jpg" if long == "comment" else f"{'x' * (3 << 20)}.jpg")
+        info.pax_headers = {"comment": "x" * (3 << 20)}
+        made.addfile(info)
+    with pytest.raises(DataError, match=r"a header of 31457\d\d bytes, where 1048576 are read at most"):
+        opened(store, first=file.getvalue())
 
 
 def test_tars_of_anything_else_are_explained(store: FileStore) -> None:
