@@ -38,6 +38,10 @@ class Site:
         found = process.running("jobs.worker", "--run", name, "--store", self.root)
         return sorted(found, key=lambda each: each.environ()["RANK"])
 
+    def works(self, name: str) -> bool:
+        """Whether anything of the run is left on the cluster: its job's entry point, or a rank."""
+        return bool(process.running("jobs.ray.entry", "--run", name, "--store", self.root) or self.ranks(name))
+
     def trains(self, name: str, attempt: int) -> None:
         """Wait until this attempt has made some steps."""
 
@@ -146,7 +150,7 @@ def test_a_run_is_cancelled_at_work_and_while_it_waits_for_nodes(site: Site) -> 
     name = run_id(site.submit("--detach", steps=f"{LONG} launch.ranks=2"))
     site.trains(name, 1)
     assert "its ranks save and end" in site.shell("cancel", name)
-    wait_for("the end", lambda: not process.running("jobs.ray.entry") and not site.ranks(name))
+    wait_for("the end", lambda: not site.works(name))
     saved = site.shell.status(name)["checkpoints"]
     assert saved  # by the ranks, before they left
     site.shell("resume", name, "--launcher", "ray", "--dirty", "--detach")
@@ -154,7 +158,7 @@ def test_a_run_is_cancelled_at_work_and_while_it_waits_for_nodes(site: Site) -> 
     waits = "waiting for nodes for 2 ranks of 1 CPU; the Ray cluster has room for 1"
     wait_for("a word", lambda: waits in site.shell("status", name))
     site.shell("cancel", name)
-    wait_for("the end", lambda: not process.running("jobs.ray.entry"))
+    wait_for("the end", lambda: not site.works(name))
     assert site.run(name).last().state == State.CANCELLED
 
 
