@@ -8,6 +8,7 @@ import torch
 from core.models.drop_path import SampleDropPath, use_sample_drop_path
 from core.models.fused import fuse_attention
 from core.models.students import create
+from tests.core.models.drawn import network
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "init_values": 0.1, "global_pool": "token", "img_size": 32}
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
@@ -16,15 +17,6 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("swinv2_base_window8_256", {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4,
                                  "img_size": 32}),
 ]  # fmt: skip
-
-
-def network(name: str, args: dict[str, Any]) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = create(name, args, None, "student").double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 @pytest.mark.parametrize(("name", "args"), NETWORKS)

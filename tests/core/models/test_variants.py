@@ -14,6 +14,7 @@ from core.models.layouts.windowed import from_beit
 from core.models.students import build_arguments, create, describe
 from core.models.variants import own_arguments
 from core.models.weights import load_strict
+from tests.core.models.drawn import network
 
 BEIT, SWINV2, VIT = "beit_base_patch16_224", "swinv2_base_window8_256", "vit_tiny_patch16_224"
 PATCHES: dict[str, Any] = {
@@ -23,15 +24,6 @@ PATCHES: dict[str, Any] = {
 TABLES = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True}
 STAGES: dict[str, Any] = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-
-def network(name: str, args: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    model = create(name, args, None, "student").double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 def test_arguments_that_are_not_timm_s_are_known_for_the_networks_that_have_them() -> None:
